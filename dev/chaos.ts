@@ -1,0 +1,958 @@
+/**
+ * `bun run chaos`: three servers, each a process of its own, emit numbered packets to each other's clients while something breaks.
+ * Each client must get each packet of each server once and in order. Prints a Markdown table and fails if a row does.
+ *
+ *     bun run chaos --only 3,5 --rate 200 --seed 7 --quick
+ *     bun run chaos --list
+ *
+ * Read from the top: the command · the cases · hostile input · the field (servers, links, brokers) · one server.
+ */
+import { connect } from "amqplib";
+import { EventEmitter } from "node:events";
+import { parseArgs } from "node:util";
+import { Server } from "socket.io";
+import { createAdapter, type AdapterOptions, type AdapterStats, type AmqpAdapter } from "../index.ts";
+import { startBroker, startCluster, type Broker } from "./broker.ts";
+import { Proxy, type Role } from "./proxy.ts";
+
+const PREFIX = "socket.io#";
+/** A user with the least permissions, for the cases that take one of them away. */
+const USER = "chaos";
+const GRANTED = "^socket\\.io#.*";
+const PERMISSIONS = ["configure", "write", "read"] as const;
+/** Seconds of traffic before and after a fault, and for how long nothing may arrive before it counts as lost. */
+const BEFORE = 2;
+const AFTER = 3;
+const PATIENCE = 20;
+/** What the memory of a server may grow by, in MB. */
+const GROWTH = 150;
+
+const { values: args } = parseArgs({
+  options: {
+    only: { type: "string", default: "" },
+    rate: { type: "string", default: "200,5000" },
+    seed: { type: "string", default: String(Math.floor(Math.random() * 1e6)) },
+    quick: { type: "boolean", default: false },
+    list: { type: "boolean", default: false },
+    server: { type: "string" },
+  },
+});
+
+// ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+const COLUMNS =
+  "case|fault|packets/s|sent|lost|doubled|reordered|unhandled|replayed|reconnects|longest gap|memory|verdict".split(
+    "|",
+  );
+
+async function main(): Promise<void> {
+  const only = args.only.split(",").filter(Boolean);
+  const chosen = cases(args.quick ? 4 : 20).filter(({ point }) => only.length === 0 || only.includes(point));
+  if (args.list) return console.log(chosen.map(({ point, title }) => `${point.padEnd(8)}${title}`).join("\n"));
+  console.log(`seed ${args.seed}\n`);
+  printRow(COLUMNS);
+  printRow(COLUMNS.map(() => "---"));
+  let failed = 0;
+  for (const nodes of [1, 3]) {
+    const group = chosen.filter((c) => (c.nodes ?? 1) === nodes);
+    if (group.length === 0) continue;
+    const brokers = nodes === 1 ? [await startBroker({ name: "chaos" })] : await startCluster(nodes);
+    try {
+      for (const c of group) {
+        for (const rate of c.rates ?? args.rate.split(",").map(Number)) if (!(await run(c, rate, brokers))) failed++;
+      }
+    } finally {
+      for (const broker of brokers) await broker.close();
+    }
+  }
+  console.log(`\n${failed === 0 ? "All came through." : `${failed} did not come through.`}`);
+  process.exitCode = failed === 0 ? 0 : 1;
+}
+
+function printRow(cells: (string | number)[]): void {
+  console.log(`| ${cells.join(" | ")} |`);
+}
+
+/** Runs one case at one rate and prints its row. */
+async function run(c: Case, rate: number, brokers: Broker[]): Promise<boolean> {
+  const field = new Field(brokers, new Random(Number(args.seed)), rate, c);
+  let cells: (string | number)[] = [];
+  const complaints: string[] = [];
+  const errors: string[] = [];
+  try {
+    const outcome = await field.play();
+    errors.push(...outcome.errors);
+    const { sent, lost, doubled, reordered, unhandled, stats, gap, growth } = outcome;
+    const reconnects = stats.reduce((sum, s) => sum + s.reconnects.consuming + s.reconnects.publishing, 0);
+    const replayed = stats.reduce((sum, s) => sum + s.replayed, 0);
+    cells = [sent, lost, doubled, reordered, unhandled.length, replayed, reconnects, `${(gap / 1000).toFixed(1)} s`];
+    cells.push(`${growth > 0 ? "+" : ""}${growth} MB`);
+    complaints.push(...unhandled, ...(c.verdict ?? flawless)(outcome), ...outcome.complaints);
+    if (growth > GROWTH) complaints.push(`memory grew by ${growth} MB`);
+  } catch (error) {
+    complaints.push(error instanceof Error ? (error.stack ?? error.message) : String(error));
+  } finally {
+    complaints.push(...(await field.close()));
+  }
+  while (cells.length < COLUMNS.length - 4) cells.push("");
+  printRow([c.point, c.title, rate, ...cells, complaints.length === 0 ? "ok" : "**failed**"]);
+  for (const complaint of complaints) console.error(`  ${c.point} at ${rate}/s: ${complaint}`);
+  if (complaints.length > 0) console.error(...errors.slice(0, 20).map((error) => `  reported: ${error}\n`));
+  return complaints.length === 0;
+}
+
+const whole = ({ lost, where }: Outcome): string[] => (lost === 0 ? [] : [`${lost} lost: ${where.join("; ")}`]);
+const ordered = ({ doubled, reordered }: Outcome): string[] =>
+  doubled + reordered === 0 ? [] : [`${doubled} doubled, ${reordered} reordered`];
+const flawless = (outcome: Outcome): string[] => [...whole(outcome), ...ordered(outcome)];
+
+// ── The cases ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+interface Case {
+  point: string;
+  title: string;
+  fault(field: Field): Promise<void>;
+  /** Which servers emit; all three by default. */
+  senders?: string;
+  /** Nodes of the broker. */
+  nodes?: number;
+  rates?: number[];
+  /** How many packets in a row go to the same rooms, so that they can share a frame. */
+  streak?: number;
+  options?: Partial<AdapterOptions>;
+  /** Who the servers are to the broker. */
+  user?: string;
+  /** What is wrong with the outcome; by default anything that was lost, doubled or reordered. */
+  verdict?(outcome: Outcome): string[];
+}
+
+/** `long` is the length of a long outage, in seconds. */
+function cases(long: number): Case[] {
+  const outages = [2, long];
+  return [
+    ...outages.map((s) => ({
+      point: "1",
+      title: `receiver cut for ${s} s`,
+      senders: "bc",
+      fault: (f: Field) => f.cut([f.a], s),
+    })),
+    ...outages.map((s) => ({
+      point: "2",
+      title: `sender cut for ${s} s`,
+      senders: "a",
+      fault: (f: Field) => f.cut([f.a], s),
+    })),
+    ...outages.map((s) => ({
+      point: "3",
+      title: `everybody cut for ${s} s`,
+      fault: (f: Field) => f.cut(f.peers, s),
+    })),
+    ...(["publishing", "consuming"] as const).flatMap((role) =>
+      outages.map((s) => ({
+        point: "4",
+        title: `${role} connection cut for ${s} s`,
+        fault: (f: Field) => f.cut([f.a], s, role),
+      })),
+    ),
+    { point: "5", title: "broker stopped and started", fault: (f) => f.restart("stop", 2) },
+    { point: "5", title: "broker killed and started", fault: (f) => f.restart("kill", 2) },
+    {
+      point: "6",
+      title: "one node of a cluster of three killed",
+      nodes: 3,
+      fault: async (f) => {
+        await f.brokers[1]?.kill();
+        await Bun.sleep(5_000);
+        await f.brokers[1]?.start();
+      },
+    },
+    { point: "7", title: "half-open link of one, heartbeat 2 s", fault: (f) => f.silence([f.a], 8) },
+    { point: "7", title: "half-open links of all, heartbeat 2 s", fault: (f) => f.silence(f.peers, 8) },
+    { point: "8", title: "50 ms latency and 1 % stalls", fault: (f) => f.slow(f.peers, long) },
+    { point: "9", title: "memory alarm", fault: (f) => f.alarm(5) },
+    { point: "10", title: "receiver stopped for 15 s", senders: "bc", fault: (f) => f.freeze(f.a, 15) },
+    { point: "10", title: "a server stopped for 15 s", fault: (f) => f.freeze(f.a, 15) },
+    ...OPERATIONS.map((operation) => ({
+      point: "11",
+      title: `operator ${operation}`,
+      fault: (f: Field) => f.operate(operation, f.a),
+    })),
+    {
+      point: "12",
+      title: "1,000 joins and leaves a second, everybody cut",
+      fault: async (f) => {
+        await f.all("rush");
+        await f.cut(f.peers, 2);
+        await Bun.sleep(2_000);
+      },
+    },
+    {
+      point: "13",
+      title: "a peer killed, a new one started, everybody cut",
+      fault: async (f) => {
+        const outage = f.cut(f.peers, 4);
+        await Bun.sleep(1_000);
+        f.kill(f.c);
+        const d = f.add("d", true);
+        d.proxy?.cut();
+        void d.do("emit");
+        await outage;
+        d.proxy?.heal();
+        await d.do("ready");
+      },
+    },
+    {
+      point: "14",
+      title: `ten random faults in ${long * 15} s`,
+      fault: async (f) => {
+        const slot = long * 1_500;
+        for (let i = 0; i < 10; i++) {
+          const end = performance.now() + slot;
+          await f.random.pick(RANDOM_FAULTS)(f, f.random.between(0.5, long / 2));
+          await Bun.sleep(end - performance.now());
+        }
+      },
+    },
+    {
+      point: "beyond",
+      title: "20 s outage, journal of 5 s",
+      rates: [200],
+      streak: 1,
+      options: { journal: { ms: 5_000 } },
+      fault: (f) => f.cut([f.a], 20),
+      verdict: (outcome) => {
+        const { frames, stats } = outcome;
+        const reported = stats.reduce((sum, s) => sum + s.lost, 0);
+        const complaints = ordered(outcome);
+        if (frames === 0) complaints.push("nothing was lost: the journal is longer than it should be");
+        // What the broker had taken and could not confirm any more counts as lost: a window of frames.
+        if (Math.abs(reported - frames) > 10) complaints.push(`${frames} frames were lost, ${reported} reported`);
+        return complaints;
+      },
+    },
+    {
+      point: "hostile",
+      title: "100,000 hostile messages",
+      fault: bombard,
+      // A copy of an honest frame under a forged number cannot be told from a new one.
+      verdict: whole,
+    },
+    ...PERMISSIONS.map((permission) => ({
+      point: "denied",
+      title: `permission to ${permission} taken away for 8 s`,
+      user: USER,
+      fault: (f: Field) => f.deny(permission, 8),
+      verdict: (outcome: Outcome) => {
+        const named = outcome.errors.find((e) => e.includes(permission) && /grant.*socket/.test(e));
+        const complaints = flawless(outcome);
+        if (!named) complaints.push(`no error names ${permission} and a pattern: ${outcome.errors.join("; ")}`);
+        const [attempts] = outcome.attempts;
+        if (attempts > 20) complaints.push(`${attempts} attempts to connect in 8 s`);
+        return complaints;
+      },
+    })),
+  ];
+}
+
+const OPERATIONS = [
+  "deletes the queue",
+  "closes all channels",
+  "closes the consuming connection",
+  "closes both connections",
+] as const;
+type Operation = (typeof OPERATIONS)[number];
+
+const RANDOM_FAULTS: ((field: Field, seconds: number) => Promise<void>)[] = [
+  (f, s) => f.cut([f.random.pick(f.peers)], s),
+  (f, s) => f.cut([f.random.pick(f.peers)], s, f.random.pick(["consuming", "publishing"])),
+  (f, s) => f.cut(f.peers, s),
+  (f, s) => f.silence([f.random.pick(f.peers)], s),
+  (f, s) => f.slow(f.peers, s),
+  (f, s) => f.freeze(f.random.pick(f.peers), s),
+  (f, s) => f.restart("stop", s),
+  (f, s) => f.restart("kill", s),
+  (f, s) => f.alarm(s),
+  (f) => f.operate(f.random.pick(OPERATIONS), f.random.pick(f.peers)),
+];
+
+/** A seeded generator, https://gist.github.com/tommyettinger/46a874533244883189143505d203312c (mulberry32). */
+class Random {
+  constructor(private state: number) {}
+
+  next(): number {
+    this.state = (this.state + 0x6d2b79f5) | 0;
+    let t = Math.imul(this.state ^ (this.state >>> 15), 1 | this.state);
+    t = (t + Math.imul(t ^ (t >>> 7), 61 | t)) ^ t;
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  }
+
+  between(from: number, to: number): number {
+    return from + this.next() * (to - from);
+  }
+
+  below(n: number): number {
+    return Math.floor(this.next() * n);
+  }
+
+  pick<T>(items: readonly T[]): T {
+    return items[this.below(items.length)]!;
+  }
+
+  bytes(length: number): Buffer {
+    return Buffer.from(Array.from({ length }, () => this.below(256)));
+  }
+}
+
+// ── Hostile input ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** Version, kind, sender, number, length of the head, packets, parts; see the README's wire format. */
+const HEADER = { sender: 2, number: 10, head: 16, packets: 20, parts: 24, length: 28 };
+const KINDS = { packets: 1, messages: 2, control: 3 };
+const ABSURD = [null, -1, 1e308, 2 ** 53, "", "x", [], {}, [null], true, "9".repeat(1_000), { __proto__: null }];
+
+function frame(kind: number, sender: string, number: number, head: string, text: string): Buffer {
+  const body = Buffer.alloc(HEADER.length + 4);
+  body.set([1, kind]);
+  body.write(sender, HEADER.sender, "latin1");
+  body.writeUIntBE(number, HEADER.number, 6);
+  body.writeUInt32BE(Buffer.byteLength(head), HEADER.head);
+  body.writeUInt32BE(1, HEADER.packets);
+  body.writeUInt32BE(1, HEADER.parts);
+  body.writeUInt32BE(text.length, HEADER.length);
+  return Buffer.concat([body, Buffer.from(head + text)]);
+}
+
+/** Ways to make a message, from frames that were really sent. */
+const FORGERIES: ((random: Random, real: Buffer, uid: string) => Buffer | string)[] = [
+  (random) => random.bytes(random.below(300)),
+  (random, real) => real.subarray(0, random.below(real.length)),
+  (random, real) => Buffer.concat([real, random.bytes(1 + random.below(100))]),
+  // Flipped bits.
+  (random, real) => {
+    for (let flips = 1 + random.below(8); flips > 0; flips--) real[random.below(real.length)]! ^= 1 << random.below(8);
+    return real;
+  },
+  // An unknown version, an unknown kind.
+  (random, real) => {
+    real[random.below(2)] = random.below(256);
+    return real;
+  },
+  // Huge lengths and counts.
+  (random, real) => {
+    const field = random.pick([HEADER.head, HEADER.packets, HEADER.parts, HEADER.length]);
+    if (field + 4 <= real.length) real.writeUInt32BE(random.pick([2 ** 32 - 1, 2 ** 31, 2 ** 30 - 1]), field);
+    return real;
+  },
+  // A stranger's frame, and a peer's under a number that is far off.
+  (random, real) => {
+    real.write(random.bytes(6).toString("base64url"), HEADER.sender, "latin1");
+    return real;
+  },
+  (random, real) => {
+    const number = random.pick([0, 1, random.below(100_000), 2 ** 47, 2 ** 48 - 1]);
+    real.writeUIntBE(number, HEADER.number, 6);
+    return real;
+  },
+  // Wrong types in what is otherwise well formed.
+  (random, _, uid) => {
+    const type = random.pick(["hello", "beat", "bye", "ping", "ask", "begin", "again", "end", "nonsense", 7]);
+    const fields = ["namespaces", "revision", "reply", "position", "id", "last", "doubt", "deaf", "from", "lost"];
+    const control = Object.fromEntries(fields.map((field) => [field, random.pick([...ABSURD, 1, ["/"]])]));
+    return frame(KINDS.control, uid, 0, "", JSON.stringify({ type, ...control }));
+  },
+  (random, _, uid) => {
+    const type = random.pick(["packet", "join", "emit", "fetch", "broadcast", "sockets", "answer", "ack", "clients"]);
+    const opts = random.pick([
+      ...ABSURD,
+      { rooms: ["north"], except: random.pick(ABSURD), flags: random.pick(ABSURD) },
+    ]);
+    const fields = ["id", "rooms", "args", "data", "sockets", "value", "count"];
+    const message = Object.fromEntries(fields.map((field) => [field, random.pick([...ABSURD, ["nobody"]])]));
+    return frame(KINDS.messages, uid, random.below(2 ** 31), "/", JSON.stringify({ type, opts, ...message }));
+  },
+  (random, _, uid) => {
+    const head = JSON.stringify(["/", ["north"], [], {}].map((part) => (random.below(2) ? random.pick(ABSURD) : part)));
+    return frame(KINDS.packets, uid, random.below(2 ** 31), head, random.pick(['2["n"]', "9", "", "2[", "51-[]"]));
+  },
+  (random, _, uid) => frame(random.pick([1, 2, 3]), uid, 1, "[".repeat(random.below(5_000)), "[".repeat(5_000)),
+  // What any client may send, and should not.
+  (random) => JSON.stringify(random.pick(ABSURD)),
+  (random) => JSON.stringify([random.pick(["disconnect", "connect", "n", 7, null, "x"]), ...ABSURD]),
+  (random) => "[".repeat(random.below(20_000)) + "]".repeat(random.below(20_000)),
+];
+
+/** Sends forgeries to a server's queue and to all kinds of exchanges. */
+async function bombard({ broker, random, victims }: Field): Promise<void> {
+  const connection = await connect(broker.url);
+  const channel = await connection.createConfirmChannel();
+  const { queue } = await channel.assertQueue("", { exclusive: true });
+  const exchange = `${PREFIX}/`;
+  for (const key of ["", "@", "#north", "#south"]) await channel.bindQueue(queue, exchange, key);
+  const captured: Buffer[] = [];
+  await channel.consume(queue, (message) => message && captured.push(message.content), { noAck: true });
+  await Bun.sleep(6_000); // a heartbeat too
+  await channel.deleteQueue(queue);
+
+  const queues = (await broker.queues(`${PREFIX}@`)).map(({ name }) => name);
+  const uids = queues.map((name) => name.slice(PREFIX.length + 1, name.lastIndexOf(".")));
+  const rooms = ["", "@", "#north", "#nobody", ...uids.map((uid) => `@${uid}`)];
+  for (let i = 1; i <= victims; i++) {
+    const body = random.pick(FORGERIES)(random, Buffer.from(random.pick(captured)), random.pick(uids));
+    const contentType = typeof body === "string" ? "application/json" : undefined;
+    const [to, key] = random.pick([
+      ["", random.pick(queues)],
+      [exchange, random.pick(rooms)],
+      [`${exchange}#north`, random.pick(["", "#south"])],
+    ] as const);
+    channel.publish(to, key, Buffer.from(body), { contentType });
+    if (i % 500 === 0) await channel.waitForConfirms();
+  }
+  await connection.close();
+}
+
+// ── The field: servers, links and brokers ────────────────────────────────────────────────────────────────────────────
+
+/** What became of all packets. */
+interface Outcome {
+  sent: number;
+  /** Packets and servers' own messages, each as often as somebody missed it. */
+  lost: number;
+  where: string[];
+  doubled: number;
+  reordered: number;
+  /** Lost between two servers, however many clients waited. */
+  frames: number;
+  unhandled: string[];
+  errors: string[];
+  complaints: string[];
+  stats: AdapterStats[];
+  /** Connections that were tried, by server, while permission was denied. */
+  attempts: [number, ...number[]];
+  /** The longest time in ms in which a server heard nothing from the others. */
+  gap: number;
+  /** Of the server that grew most, in MB. */
+  growth: number;
+}
+
+/** A server's process, as the field sees it. */
+class Peer {
+  dead = false;
+  readonly #answers: PromiseWithResolvers<Report>[] = [];
+  readonly #process: Bun.Subprocess;
+
+  constructor(
+    readonly settings: ServerSettings,
+    readonly proxy: Proxy | undefined,
+  ) {
+    this.#process = Bun.spawn([process.execPath, import.meta.path, "--server", JSON.stringify(settings)], {
+      stdio: ["ignore", "inherit", "inherit"],
+      ipc: (report: Report) => this.#answers.shift()?.resolve(report),
+      onExit: () => {
+        this.dead = true;
+        for (const answer of this.#answers) answer.reject(new Error(`server ${settings.name} ended`));
+      },
+    });
+  }
+
+  do(command: Command): Promise<Report> {
+    const answer = Promise.withResolvers<Report>();
+    this.#answers.push(answer);
+    this.#process.send(command);
+    return answer.promise;
+  }
+
+  signal(signal: NodeJS.Signals): void {
+    this.#process.kill(signal);
+  }
+
+  get ended(): Promise<number> {
+    return this.#process.exited;
+  }
+}
+
+class Field {
+  /** Those that are alive. */
+  readonly peers: Peer[] = [];
+  /** How many hostile messages are sent. */
+  readonly victims = args.quick ? 20_000 : 100_000;
+  readonly #attempts: number[] = [];
+  readonly #proxies: Proxy[] = [];
+
+  constructor(
+    readonly brokers: Broker[],
+    readonly random: Random,
+    readonly rate: number,
+    readonly of: Case,
+  ) {}
+
+  get broker(): Broker {
+    return this.brokers[0]!;
+  }
+
+  get a(): Peer {
+    return this.#named("a");
+  }
+
+  get c(): Peer {
+    return this.#named("c");
+  }
+
+  #named(name: string): Peer {
+    const peer = this.peers.find((peer) => peer.settings.name === name);
+    if (!peer) throw new Error(`no server ${name}`);
+    return peer;
+  }
+
+  async play(): Promise<Outcome> {
+    if (this.of.user) {
+      await this.broker.ctl("add_user", this.of.user, this.of.user).catch(() => {}); // there already
+      await this.grant();
+    }
+    for (const name of "abc") {
+      if (this.brokers.length === 1) this.#proxies.push(await Proxy.open(this.broker.port));
+      this.add(name);
+    }
+    if (this.of.point === "13") this.#proxies.push(await Proxy.open(this.broker.port));
+    await this.all("ready");
+    const senders = this.peers.filter(({ settings }) => (this.of.senders ?? "abc").includes(settings.name));
+    for (const sender of senders) await sender.do("emit");
+    await Bun.sleep(BEFORE * 1_000);
+    const memory = new Map((await this.all("report")).map(({ name, memory }) => [name, memory]));
+    await this.of.fault(this);
+    await Bun.sleep(AFTER * 1_000);
+    const sent = new Map((await this.all("stop")).map((report) => [report.name, report]));
+    const reports = await this.#settled(sent);
+    const { lost, frames, where } = shortfall(reports, sent);
+    const streams = reports.flatMap((report) => Object.values(report.streams));
+    const bound = reports.reduce((sum, { rooms }) => sum + rooms, 0);
+    const complaints: string[] = [];
+    if (!(await until(async () => (await this.#bound()) === bound)))
+      complaints.push(`${await this.#bound()} rooms are bound on the broker instead of ${bound}`);
+    for (const { name, closed, foreign } of reports) {
+      if (closed > 0) complaints.push(`${closed} clients of ${name} were disconnected`);
+      if (foreign > 0 && this.of.point !== "hostile") complaints.push(`${foreign} packets reached ${name} garbled`);
+    }
+    return {
+      sent: [...sent.values()].reduce((sum, report) => sum + report.sent, 0),
+      lost,
+      where,
+      frames,
+      doubled: streams.reduce((sum, stream) => sum + stream.doubled, 0),
+      reordered: streams.reduce((sum, stream) => sum + stream.reordered, 0),
+      unhandled: reports.flatMap((report) => report.unhandled),
+      errors: [...new Set(reports.flatMap((report) => report.errors))],
+      complaints,
+      stats: reports.map((report) => report.stats),
+      attempts: this.#attempts as [number, ...number[]],
+      gap: Math.max(...reports.map((report) => report.gap)),
+      growth: Math.max(
+        ...reports.map((report) => Math.round(report.memory - (memory.get(report.name) ?? report.memory))),
+      ),
+    };
+  }
+
+  /** Closes all servers; gives what they left on the broker. */
+  async close(): Promise<string[]> {
+    const left = new Set<string>();
+    await Promise.all(
+      this.peers.map(async (peer) => {
+        void peer.do("close").catch(() => {}); // it ends instead of answering
+        if (await until(() => peer.dead, 15)) return;
+        left.add(`server ${peer.settings.name} did not end`);
+        peer.signal("SIGKILL");
+        await peer.ended;
+      }),
+    );
+    for (const proxy of this.#proxies) proxy.close();
+    const traces = async () => [
+      ...(await this.broker.exchanges(PREFIX)),
+      ...(await this.broker.queues(PREFIX)).map((queue) => queue.name),
+    ];
+    await until(async () => (await traces()).length === 0);
+    for (const trace of await traces()) left.add(`${trace} is left on the broker`);
+    return [...left];
+  }
+
+  /** Starts a server: behind a proxy of its own, or on a node of its own. */
+  add(name: string, newcomer = false): Peer {
+    const index = name.charCodeAt(0) - "a".charCodeAt(0);
+    const proxy = this.#proxies[index];
+    const { user = "guest", options = {}, streak = 4 } = this.of;
+    const ports = proxy
+      ? [proxy.port]
+      : this.brokers.map((_, i) => this.brokers[(i + index) % this.brokers.length]!.port);
+    const urls = ports.map((port) => `amqp://${user}:${user}@127.0.0.1:${port}?heartbeat=2`);
+    const peer = new Peer({ name, urls, newcomer, streak, rate: this.rate, options }, proxy);
+    this.peers.push(peer);
+    return peer;
+  }
+
+  all(command: Command): Promise<Report[]> {
+    return Promise.all(this.peers.map((peer) => peer.do(command)));
+  }
+
+  // Faults: each lasts some seconds and leaves everything working.
+
+  async cut(peers: Peer[], seconds: number, role?: Role): Promise<void> {
+    for (const { proxy } of peers) proxy?.cut(role);
+    await Bun.sleep(seconds * 1_000);
+    for (const { proxy } of peers) proxy?.heal();
+  }
+
+  async silence(peers: Peer[], seconds: number): Promise<void> {
+    for (const { proxy } of peers) proxy?.silence();
+    await Bun.sleep(seconds * 1_000);
+  }
+
+  async slow(peers: Peer[], seconds: number): Promise<void> {
+    for (const { proxy } of peers) if (proxy) Object.assign(proxy, { latency: 50, stalls: 0.01 });
+    await Bun.sleep(seconds * 1_000);
+    for (const { proxy } of peers) proxy?.heal();
+  }
+
+  async freeze(peer: Peer, seconds: number): Promise<void> {
+    peer.signal("SIGSTOP");
+    await Bun.sleep(seconds * 1_000);
+    peer.signal("SIGCONT");
+  }
+
+  async restart(how: "stop" | "kill", seconds: number): Promise<void> {
+    await this.broker[how]();
+    await Bun.sleep(seconds * 1_000);
+    await this.broker.start();
+  }
+
+  async alarm(seconds: number): Promise<void> {
+    await this.broker.ctl("set_vm_memory_high_watermark", "0.000001");
+    await Bun.sleep(seconds * 1_000);
+    await this.broker.ctl("set_vm_memory_high_watermark", "0.4");
+  }
+
+  kill(peer: Peer): void {
+    peer.signal("SIGKILL");
+    this.peers.splice(this.peers.indexOf(peer), 1);
+  }
+
+  async operate(operation: Operation, { proxy }: Peer): Promise<void> {
+    const rows = async (list: string, ...columns: string[]) =>
+      (await this.broker.ctl("-q", list, ...columns, "--no-table-headers")).split("\n").map((row) => row.split("\t"));
+    const connections = await rows("list_connections", "pid", "peer_port");
+    const pids = (role?: Role) => {
+      const ports = proxy?.ports(role) ?? [];
+      return connections.flatMap(([pid = "", port]) => (ports.includes(Number(port)) ? pid : []));
+    };
+    const owned = async (list: string, column: string, owner: string) =>
+      (await rows(list, column, owner)).flatMap(([row = "", pid = ""]) => (pids().includes(pid) ? row : []));
+    let victims: string[];
+    let strike = (pid: string) => this.broker.ctl("close_connection", pid, "by the operator");
+    switch (operation) {
+      case "deletes the queue":
+        victims = await owned("list_queues", "name", "owner_pid");
+        strike = (queue) => this.broker.ctl("delete_queue", queue);
+        break;
+      case "closes all channels": {
+        const error = '{amqp_error, precondition_failed, "closed by the operator", none}';
+        const channels = await owned("list_channels", "pid", "connection");
+        victims = [channels.map((pid) => `"${pid}"`).join()];
+        strike = (all) => this.broker.ctl("eval", `[exit(rabbit_misc:string_to_pid(P), ${error}) || P <- [${all}]].`);
+        break;
+      }
+      case "closes the consuming connection":
+        victims = pids("consuming");
+        break;
+      case "closes both connections":
+        victims = pids();
+    }
+    if (!victims[0]) throw new Error(`the operator found nothing: ${operation}`);
+    await Promise.all(victims.map(strike));
+  }
+
+  async grant(denied?: string): Promise<void> {
+    const patterns = PERMISSIONS.map((permission) => (permission === denied ? "^$" : GRANTED));
+    await this.broker.ctl("set_permissions", USER, ...patterns);
+  }
+
+  /** The broker asks for permissions again on new connections. */
+  async deny(permission: string, seconds: number): Promise<void> {
+    await this.grant(permission);
+    await this.broker.ctl("close_all_user_connections", USER, "permissions have changed");
+    const before = this.#proxies.map((proxy) => proxy.attempts);
+    await Bun.sleep(seconds * 1_000);
+    this.#attempts.push(...this.#proxies.map((proxy, i) => proxy.attempts - before[i]!));
+    await this.grant();
+  }
+
+  /** Waits until all has arrived, or nothing has for a while. */
+  async #settled(sent: Map<string, Report>): Promise<Report[]> {
+    let reports = await this.all("report");
+    let before = shortfall(reports, sent).lost;
+    for (let since = performance.now(); before > 0 && performance.now() - since < PATIENCE * 1_000;) {
+      await Bun.sleep(100);
+      reports = await this.all("report");
+      const { lost } = shortfall(reports, sent);
+      if (lost < before) since = performance.now();
+      before = lost;
+    }
+    return reports;
+  }
+
+  /** How many room bindings the broker has. */
+  async #bound(): Promise<number> {
+    return (await this.broker.bindings(`${PREFIX}/#`)).length;
+  }
+}
+
+/** What has not arrived: per listener, and per pair of servers. */
+function shortfall(reports: Report[], sent: Map<string, Report>, since: Report[]): { lost: number; frames: number; where: string[] } {
+  const where: string[] = [];
+  let lost = 0;
+  let frames = 0;
+  for (const { name, streams } of reports) {
+    for (const [sender, { sent: packets, calls }] of sent) {
+      const missing = (listener: string, count: number) => {
+        const { last, gaps } = streams[`${listener}<${sender}`] ?? { last: 0, gaps: [] };
+        const all = last < count ? [...gaps, [last + 1, count]] : gaps;
+        const sum = all.reduce((sum, [from = 0, to = 0]) => sum + to - from + 1, 0);
+        if (sum > 0)
+          where.push(`${listener} of ${name} has not got ${all.map((gap) => gap.join("–")).join(", ")} of ${sender}`);
+        lost += sum;
+        return sum;
+      };
+      frames += Math.max(...CLIENTS.map((client) => missing(client, packets)));
+      if (sender !== name) frames += missing("server", calls);
+    }
+  }
+  return { lost, frames, where };
+}
+
+/** Whether it came true within some seconds. */
+async function until(condition: () => boolean | Promise<boolean>, seconds = 10): Promise<boolean> {
+  for (const end = performance.now() + seconds * 1_000; performance.now() < end; await Bun.sleep(50))
+    if (await condition()) return true;
+  return condition();
+}
+
+// ── One server ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+interface ServerSettings {
+  name: string;
+  urls: string[];
+  rate: number;
+  /** Started among others: the first packet it gets of a server need not be that server's first. */
+  newcomer: boolean;
+  streak: number;
+  options: Partial<AdapterOptions>;
+}
+
+/** `rush` is ten times as many joins and leaves. */
+type Command = "ready" | "emit" | "rush" | "stop" | "report" | "close";
+
+interface Report {
+  name: string;
+  /** Packets, and messages to the servers. */
+  sent: number;
+  calls: number;
+  /** By `<listener><<sender>`. */
+  streams: Record<string, Pick<Stream, "last" | "doubled" | "reordered" | "gaps">>;
+  unhandled: string[];
+  errors: string[];
+  stats: AdapterStats;
+  rooms: number;
+  /** Clients that were disconnected, and packets that no server has sent. */
+  closed: number;
+  foreign: number;
+  gap: number;
+  /** MB. */
+  memory: number;
+}
+
+/** What one listener has got of one server: numbers that grow by one. */
+class Stream {
+  doubled = 0;
+  reordered = 0;
+  readonly #missing = new Set<number>();
+
+  constructor(public last: number) {}
+
+  take(n: number): void {
+    if (n > this.last) {
+      for (let missed = this.last + 1; missed < n; missed++) this.#missing.add(missed);
+      this.last = n;
+    } else if (this.#missing.delete(n)) this.reordered++;
+    else this.doubled++;
+  }
+
+  /** From and to, of what has not come. */
+  get gaps(): [number, number][] {
+    const gaps: [number, number][] = [];
+    for (const n of this.#missing) {
+      const gap = gaps.at(-1);
+      if (gap?.[1] === n - 1) gap[1] = n;
+      else gaps.push([n, n]);
+    }
+    return gaps;
+  }
+}
+
+/** A client without a network: the least of an Engine.IO connection that Socket.IO needs, so that counting costs little. */
+class Client extends EventEmitter {
+  readonly id = crypto.randomUUID();
+  readonly protocol = 4;
+  readonly transport = { writable: true };
+  readyState = "open";
+  #event: unknown[] | undefined;
+
+  constructor(readonly onEvent: (args: unknown[]) => void) {
+    super();
+  }
+
+  /** An event, `2["name",…]`, or one with a binary attachment, `51-["name",…]`, which comes next. */
+  write(part: string | Uint8Array): void {
+    if (typeof part !== "string") return this.onEvent([...(this.#event?.slice(0, -1) ?? []), part]);
+    if (part.startsWith("2")) this.onEvent(JSON.parse(part.slice(1)) as unknown[]);
+    if (part.startsWith("51-")) this.#event = JSON.parse(part.slice(3)) as unknown[];
+  }
+
+  close(): void {
+    this.readyState = "closed";
+    this.emit("close", "transport close");
+  }
+}
+
+const CLIENTS = ["client1", "client2"];
+const ROOMS = ["north", "south"];
+const HALLS = Array.from({ length: 40 }, (_, i) => `hall${i}`);
+
+/** Proves that a packet is one of ours. */
+const seal = (name: string, n: number): number => Bun.hash.crc32(`${name} ${n}`);
+
+function sealed(name: string, n: number): Buffer {
+  const attachment = Buffer.alloc(16);
+  attachment.writeUInt32BE(seal(name, n));
+  return attachment;
+}
+
+async function serve({ name, urls, rate, newcomer, streak, options }: ServerSettings): Promise<void> {
+  const unhandled: string[] = [];
+  for (const event of ["unhandledRejection", "uncaughtException"])
+    process.on(event, (error: unknown) => unhandled.push(`${name}: ${event}: ${Bun.inspect(error)}`));
+  const abandoned = () => process.exit();
+  process.on("disconnect", abandoned);
+
+  let attempt = 0;
+  const amqpConnection = () => connect(urls[attempt++ % urls.length]!, { noDelay: true });
+  const io = new Server({ adapter: createAdapter({ amqpConnection, ...options }) });
+  const engine = Object.assign(new EventEmitter(), { close() {} });
+  io.bind(engine);
+  const adapter = io.of("/").adapter as AmqpAdapter;
+  const errors = new Set<string>();
+  adapter.on("error", (error: Error) => errors.size < 1_000 && errors.add(error.message));
+
+  const streams = new Map<string, Stream>();
+  let foreign = 0;
+  let closed = 0;
+  let gap = 0;
+  let heard = 0;
+  const take = (listener: string, [event, sender, n, proof]: unknown[]) => {
+    const expected = typeof sender === "string" && typeof n === "number" ? seal(sender, n) : undefined;
+    const given = proof instanceof Uint8Array ? Buffer.from(proof).readUInt32BE() : proof;
+    if (event !== "n" || expected === undefined || given !== expected) return void foreign++;
+    if (sender !== name) {
+      const now = performance.now();
+      if (heard > 0) gap = Math.max(gap, now - heard);
+      heard = now;
+    }
+    const key = `${listener}<${sender as string}`;
+    let stream = streams.get(key);
+    if (!stream) streams.set(key, (stream = new Stream(newcomer && sender !== name ? (n as number) - 1 : 0)));
+    stream.take(n as number);
+  };
+
+  // Counted clients stay in their rooms; one more comes and goes.
+  const joined = Promise.withResolvers<void>();
+  let waiting = CLIENTS.length + 1;
+  let wander = () => {};
+  io.on("connection", async (socket) => {
+    socket.on("disconnect", () => closed++);
+    if (!socket.handshake.auth.wanders) await socket.join(ROOMS);
+    else
+      wander = () => {
+        const hall = HALLS[Math.floor(Math.random() * HALLS.length)]!;
+        void (socket.rooms.has(hall) ? socket.leave(hall) : socket.join(hall));
+      };
+    if (--waiting === 0) joined.resolve();
+  });
+  io.on("n", (...args: unknown[]) => take("server", ["n", ...args]));
+  const open = (client: Client, auth: object) => {
+    engine.emit("connection", client);
+    client.emit("data", `0${JSON.stringify(auth)}`); // connects to the namespace
+  };
+  for (const listener of CLIENTS) open(new Client((event) => take(listener, event)), {});
+  open(new Client(() => {}), { wanders: true });
+  let wandering = setInterval(() => wander(), 10);
+
+  let sent = 0;
+  let calls = 0;
+  let timer: Timer | undefined;
+  const destinations = [io.to("north"), io.to("south"), io.to(ROOMS), io];
+  const emit = () => {
+    const n = ++sent;
+    destinations[Math.floor(n / streak) % 4]?.emit("n", name, n, n % 5 === 0 ? sealed(name, n) : seal(name, n));
+    if (n % 20 === 0) io.serverSideEmit("n", name, ++calls, seal(name, calls));
+  };
+
+  const report = (): Report => ({
+    name,
+    sent,
+    calls,
+    streams: Object.fromEntries(
+      [...streams].map(([key, { last, doubled, reordered, gaps }]) => [key, { last, doubled, reordered, gaps }]),
+    ),
+    unhandled,
+    errors: [...errors],
+    stats: { ...adapter.stats, lastError: undefined },
+    rooms: [...adapter.rooms.keys()].filter((room) => !adapter.sids.has(room)).length,
+    closed,
+    foreign,
+    gap,
+    memory: process.memoryUsage.rss() / 1e6,
+  });
+
+  const commands: Record<Command, () => unknown> = {
+    ready: () => Promise.all([adapter.ready, joined.promise]),
+    emit: () => {
+      let due = 0;
+      let last = performance.now();
+      timer = setInterval(() => {
+        const now = performance.now();
+        due += (Math.min(now - last, 100) * rate) / 1_000; // a process that was stopped does not catch up
+        last = now;
+        for (; due >= 1; due--) emit();
+      }, 5);
+    },
+    rush: () => {
+      clearInterval(wandering);
+      wandering = setInterval(() => wander(), 1);
+    },
+    stop: () => {
+      clearInterval(timer);
+      clearInterval(wandering);
+      timer = undefined;
+      Bun.gc(true);
+    },
+    report: () => {},
+    close: async () => {
+      await io.close();
+      process.off("disconnect", abandoned); // has to end by itself
+      process.disconnect?.();
+    },
+  };
+  process.on("message", async (command: Command) => {
+    await commands[command]();
+    if (command !== "close") process.send?.(report());
+  });
+}
+
+// Last, for it needs all of the above.
+if (args.server) await serve(JSON.parse(args.server) as ServerSettings);
+else await main();

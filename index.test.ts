@@ -1,0 +1,1349 @@
+/**
+ * `bun test`: a live broker, three servers or more in this process, real clients. Each test has a prefix of its own, so that tests do not
+ * meet; what must not arrive is shown by a later packet on the same way, for order holds.
+ */
+import { Server as BunEngine } from "@socket.io/bun-engine";
+import { connect, type Channel, type Options as Amqp } from "amqplib";
+import { afterAll, afterEach, beforeEach, describe, expect, test } from "bun:test";
+import { once } from "node:events";
+import { createServer } from "node:http";
+import type { AddressInfo } from "node:net";
+import { Server, type RemoteSocket, type ServerOptions, type Socket } from "socket.io";
+import { Manager, type ManagerOptions, type Socket as ClientSocket } from "socket.io-client";
+import * as msgpack from "socket.io-msgpack-parser";
+import { startBroker } from "./dev/broker";
+import {
+  AmqpAdapter,
+  createAdapter,
+  createEmitter,
+  type AdapterOptions,
+  type Emitter,
+  type EmitterOptions,
+} from "./index";
+
+const RUN = `test-${process.pid}`;
+// Not in beforeAll(): a test that times out would take a process that was started there down with it.
+const broker = await startBroker();
+let prefix: string;
+let tests = 0;
+const closers: (() => unknown)[] = [];
+const errors = new Map<AmqpAdapter, Error[]>();
+
+afterAll(() => broker.close());
+
+beforeEach(() => {
+  prefix = `${RUN}-${++tests}`;
+});
+afterEach(async () => {
+  await Promise.all(closers.splice(0).map((close) => close()));
+  const unexpected = [...errors.values()].flat();
+  errors.clear();
+  expect(unexpected).toEqual([]);
+}, 15_000);
+
+/** A Socket.IO server on a port of its own. */
+interface Host {
+  io: Server;
+  port: number;
+}
+type HostOptions = Partial<ServerOptions> & { engine?: "http" | "bun" };
+
+async function host({ engine = "http", ...options }: HostOptions = {}): Promise<Host> {
+  if (engine === "bun") {
+    const io = new Server(options);
+    const bun = new BunEngine({ path: "/socket.io/" });
+    io.bind(bun);
+    const http = Bun.serve({ port: 0, hostname: "127.0.0.1", ...bun.handler() });
+    closers.push(async () => [await io.close(), await http.stop(true)]);
+    return { io, port: http.port ?? 0 };
+  }
+  const http = createServer();
+  const io = new Server(http, { serveClient: false, ...options });
+  http.listen(0, "127.0.0.1");
+  await once(http, "listening");
+  closers.push(() => io.close());
+  return { io, port: (http.address() as AddressInfo).port };
+}
+
+/** A host with the adapter. */
+interface Node extends Host {
+  adapter: AmqpAdapter;
+}
+type Options = Partial<AdapterOptions>;
+const amqpConnection = () => connect(broker.url);
+
+/** A server whose adapter may still be on its way to the broker. A test that expects errors takes them with `errorsOf()`. */
+async function start(options: Options = {}, server?: HostOptions): Promise<Node> {
+  const { io, port } = await host(server);
+  io.adapter(createAdapter({ amqpConnection, prefix, ...options }));
+  const adapter = adapterOf(io);
+  errors.set(adapter, []);
+  adapter.on("error", (error: Error) => errors.get(adapter)?.push(error));
+  return { io, port, adapter };
+}
+
+function adapterOf(io: Server, nsp = "/"): AmqpAdapter {
+  const { adapter } = io.of(nsp);
+  if (!(adapter instanceof AmqpAdapter)) throw new Error(`${nsp} has another adapter`);
+  return adapter;
+}
+
+/** What this server's adapter has reported until now. */
+const errorsOf = ({ adapter }: Node): string[] => errors.get(adapter)?.splice(0).map(String) ?? [];
+
+/** Three servers that know each other. */
+async function cluster(options?: Options, server?: HostOptions): Promise<[Node, Node, Node]> {
+  const nodes = await Promise.all([start(options, server), start(options, server), start(options, server)]);
+  await acquainted(nodes);
+  return nodes;
+}
+
+async function acquainted(nodes: Node[], count = nodes.length): Promise<void> {
+  await Promise.all(nodes.map(({ adapter }) => adapter.ready));
+  await eventually(async () => {
+    for (const { adapter } of nodes) expect(await adapter.serverCount()).toBe(count);
+  });
+}
+
+type ClientOptions = Partial<ManagerOptions>;
+
+/** A client and its socket on the server, and each event that it heard. */
+interface Member {
+  client: ClientSocket;
+  socket: Socket;
+  heard: unknown[][];
+}
+type People = Record<string, Member>;
+
+async function join({ io, port }: Host, rooms: string[] = [], nsp = "/", options: ClientOptions = {}): Promise<Member> {
+  io.of(nsp);
+  const url = `http://127.0.0.1:${port}`;
+  const manager = new Manager(url, { transports: ["websocket"], reconnection: false, ...options });
+  const client = manager.socket(nsp, { auth: { token: "secret" } });
+  closers.unshift(() => client.disconnect());
+  const heard: unknown[][] = [];
+  client.onAny((...event: unknown[]) => heard.push(event.filter((part) => typeof part !== "function")));
+  await received(client, "connect");
+  const socket = io.of(nsp).sockets.get(client.id ?? "");
+  if (!socket) throw new Error(`no socket ${client.id} in ${nsp}`);
+  await socket.join(rooms);
+  return { client, socket, heard };
+}
+
+const received = (client: ClientSocket, event: string): Promise<unknown[]> =>
+  new Promise((resolve) => client.once(event, (...args: unknown[]) => resolve(args)));
+
+/** Ann is in red on the first server, Bob in red and blue on the second, Cat in blue on the third. */
+async function crew(options?: Options, server?: HostOptions, client?: ClientOptions) {
+  const nodes = await cluster(options, server);
+  const [a, b, c] = nodes;
+  const [ann, bob, cat] = await Promise.all([
+    join(a, ["red"], "/", client),
+    join(b, ["red", "blue"], "/", client),
+    join(c, ["blue"], "/", client),
+  ]);
+  const people = { ann, bob, cat };
+  introduce(people);
+  return { nodes, a, b, c, ...people, people };
+}
+
+/** Has each client tell its name when asked. */
+function introduce(people: People): void {
+  for (const [name, { client }] of Object.entries(people))
+    client.on("name?", (answer: (name: string) => void) => answer(name));
+}
+
+/** A server, a namespace, a set of rooms, an emitter. */
+interface Emitting {
+  emit(event: string, ...args: unknown[]): unknown;
+}
+
+/** What each of `people` has heard by the time that a last packet of `sender` reaches them. */
+async function heardFrom(sender: Emitting, people: People): Promise<Record<string, unknown[][]>> {
+  const ends = Object.values(people).map(({ client }) => received(client, "end"));
+  sender.emit("end");
+  await Promise.all(ends);
+  const heard = ({ heard }: Member) => heard.splice(0).filter(([event]) => event !== "end");
+  return Object.fromEntries(Object.entries(people).map(([name, member]) => [name, heard(member)]));
+}
+
+/** The same for one event that only some hear, by their names: `only("ann cat", people, ["hello"])`. */
+const only = (names: string, people: People, event: unknown[]) =>
+  Object.fromEntries(Object.keys(people).map((name) => [name, names.split(" ").includes(name) ? [event] : []]));
+
+/** Repeats a check until it holds: for what no event tells, on the broker or on another server. */
+async function eventually(check: () => unknown, within = 2_000): Promise<void> {
+  for (const end = performance.now() + within; ; await Bun.sleep(10)) {
+    try {
+      return void (await check());
+    } catch (error) {
+      if (performance.now() > end) throw error;
+    }
+  }
+}
+
+/** Each server reaches the clients of all three. */
+const reunited = (nodes: Node[], rooms = ["red", "blue"]) =>
+  eventually(async () => {
+    for (const { io } of nodes) {
+      const names: unknown[] = await io.to(rooms).timeout(200).emitWithAck("name?");
+      expect(names.toSorted()).toEqual(["ann", "bob", "cat"]);
+    }
+  });
+
+/** Publishes as any AMQP client could, and waits for the broker's confirm. */
+async function publish(exchange: string, key: string, body: string | Buffer, properties?: Amqp.Publish): Promise<void> {
+  const connection = await connect(broker.url);
+  const channel = await connection.createConfirmChannel();
+  channel.publish(exchange, key, Buffer.from(body), properties);
+  await channel.waitForConfirms();
+  await connection.close();
+}
+const JSON_TYPE = { contentType: "application/json" };
+
+/** Exchanges, queues and bindings of this test. */
+const exchanges = () => broker.exchanges(`${prefix}#`);
+const queues = () => broker.queues(`${prefix}#`);
+const bindings = () => broker.bindings(`${prefix}#`);
+
+/** A process of its own; `source` may use what it imports here. */
+function child(source: string) {
+  const program = `
+    import { Server } from "socket.io";
+    import { connect } from "amqplib";
+    import { createAdapter, createEmitter } from "./index.ts";
+    const prefix = ${JSON.stringify(prefix)};
+    const amqpConnection = () => connect(${JSON.stringify(broker.url)});
+    ${source}`;
+  const child = Bun.spawn([process.execPath, "-e", program], { cwd: import.meta.dir, stdout: "pipe", stderr: "pipe" });
+  closers.push(() => (child.kill("SIGKILL"), child.exited));
+  return child;
+}
+const A_SERVER = `
+  const io = new Server(0, { serveClient: false, adapter: createAdapter({ amqpConnection, prefix }) });
+  await io.of("/").adapter.ready;`;
+
+async function milliseconds(action: () => Promise<unknown>): Promise<number> {
+  const start = performance.now();
+  await action();
+  return performance.now() - start;
+}
+
+describe("a broadcast to", () => {
+  test.each<[what: string, hearers: string, target: (io: Server, ann: Member, cat: Member) => Emitting]>([
+    ["everyone", "ann bob cat", (io) => io],
+    ["a room", "ann bob", (io) => io.to("red")],
+    ["a room of other servers", "bob cat", (io) => io.to("blue")],
+    ["a room that nobody is in", "", (io) => io.to("green")],
+    ["two rooms reaches who is in both once", "ann bob cat", (io) => io.to("red").to("blue")],
+    ["an array of rooms", "ann bob cat", (io) => io.in(["red", "blue", "green"])],
+    ["all but a room", "cat", (io) => io.except("red")],
+    ["all but several rooms", "", (io) => io.except(["red", "blue"])],
+    ["a room but for another", "cat", (io) => io.to("blue").except("red")],
+    ["this server alone", "ann", (io) => io.local],
+    ["a room, on this server alone", "ann", (io) => io.local.to(["red", "blue"])],
+    ["everyone, volatile", "ann bob cat", (io) => io.volatile],
+    ["everyone, uncompressed", "ann bob cat", (io) => io.compress(false)],
+    ["a socket by its id", "cat", (io, _, cat) => io.to(cat.socket.id)],
+    ["a socket by its id and its room, once", "bob cat", (io, _, cat) => io.to([cat.socket.id, "blue"])],
+    ["all but a socket", "ann bob", (io, _, cat) => io.except(cat.socket.id)],
+    ["the others in a socket's room", "bob", (_, ann) => ann.socket.to("red")],
+    ["a room that the socket is not in", "bob cat", (_, ann) => ann.socket.to("blue")],
+    ["all other sockets", "bob cat", (_, ann) => ann.socket.broadcast],
+    ["all other sockets but one", "bob", (_, ann, cat) => ann.socket.broadcast.except(cat.socket.id)],
+    ["all other sockets of this server alone", "", (_, ann) => ann.socket.local],
+  ])("%s", async (_, hearers, target) => {
+    const { a, ann, cat, people } = await crew();
+    target(a.io, ann, cat).emit("hello", 1);
+    expect(await heardFrom(a.io, people)).toEqual(only(hearers, people, ["hello", 1]));
+  });
+
+  test.each<[what: string, args: unknown[]]>([
+    ["no argument", []],
+    ["text of all planes", ["héllo \u{1F600} \u0000 \u2028"]],
+    ["numbers, booleans and nothing", [0, -1.5, 1e21, NaN, true, false, null, undefined]],
+    ["objects", [{ a: [{ b: {} }, []], "": undefined, when: new Date(0) }, JSON.parse('{"__proto__":1}')]],
+    ["a Buffer", [Buffer.from("hello")]],
+    ["a view of a part of a buffer", [new Uint8Array([0, 1, 2, 3]).subarray(1, 3)]],
+    ["an ArrayBuffer", [new Uint8Array([1, 2]).buffer]],
+    ["empty binary", [Buffer.alloc(0)]],
+    ["binary at any depth", [{ a: [1, { b: [Buffer.from("x"), { c: Buffer.from("y") }] }] }, Buffer.from("z")]],
+    ["what looks like a placeholder", [{ _placeholder: true, num: 0 }, "451-"]],
+    ["a megabyte of text", ["x".repeat(1e6)]],
+    ["a megabyte of binary", [Buffer.alloc(1e6, 7)]],
+  ])("other servers arrives as on this one: %s", async (_, args) => {
+    const { a, people } = await crew();
+    a.io.emit("hello", ...args);
+    const { ann, bob, cat } = await heardFrom(a.io, people);
+    expect(ann).toHaveLength(1);
+    expect(bob).toEqual(ann ?? []);
+    expect(cat).toEqual(ann ?? []);
+  });
+
+  test("a namespace stays in it", async () => {
+    const [a, b, c] = await cluster();
+    for (const { io } of [a, b, c]) io.of("/chat");
+    await Promise.all([a, b, c].map(({ io }) => adapterOf(io, "/chat").ready));
+    const [ann, bob] = await Promise.all([join(b, ["red"], "/chat"), join(c, ["red"])]);
+    a.io.of("/chat").to("red").emit("hello");
+    a.io.of("/chat").emit("all");
+    expect(await heardFrom(a.io.of("/chat"), { ann })).toEqual({ ann: [["hello"], ["all"]] });
+    expect(await heardFrom(a.io, { bob })).toEqual({ bob: [] });
+  });
+
+  test("sockets with outgoing listeners shows them the packet", async () => {
+    const { a, bob, people } = await crew();
+    const outgoing: unknown[][] = [];
+    bob.socket.onAnyOutgoing((...event: unknown[]) => outgoing.push(event));
+    a.io.to("red").emit("hello", { a: Buffer.from("x") });
+    await heardFrom(a.io, people);
+    expect(outgoing).toEqual([["hello", { a: Buffer.from("x") }], ["end"]]);
+  });
+});
+
+describe("a room named", () => {
+  const names: [what: string, room: string | number][] = [
+    ["by a number", 42],
+    ["by zero", 0],
+    ["in unicode", "Zürich 東京 \u{1F600}"],
+    ["#", "#"],
+    ["*", "*"],
+    ["like a pattern", "a.*.#"],
+    ["like a room exchange", "#/#room42"],
+    ["like a server's key", "@0123456789abcdef"],
+    ["with escapes", "%23 %25 %"],
+    ["with control characters", "\u0000\r\n"],
+    ["like a socket id", "abcdefghij-ABCDEF_12"],
+    ["by 300 characters", "x".repeat(300)],
+    ["by 200 characters of two bytes", "é".repeat(200)],
+    ["__proto__", "__proto__"],
+    ["constructor", "constructor"],
+    ["by nothing", ""],
+  ];
+  test.each(names)("%s works across servers", async (_, name) => {
+    const room = name as string; // Socket.IO's types know strings only, its users pass numbers too
+    const { a, c, cat, people } = await crew();
+    await cat.socket.join(room);
+    a.io.to(room).emit("hello");
+    expect(await heardFrom(a.io, people)).toEqual(only("cat", people, ["hello"]));
+    a.io.except(room).emit("hello");
+    expect(await heardFrom(a.io, people)).toEqual(only("ann bob", people, ["hello"]));
+    expect((await a.io.in(room).fetchSockets()).map(({ id }) => id)).toEqual([cat.socket.id]);
+    await cat.socket.leave(room);
+    a.io.to(room).emit("hello");
+    expect(await heardFrom(a.io, people)).toEqual(only("", people, ["hello"]));
+    expect(c.adapter.rooms.has(room)).toBe(false);
+  });
+
+  test("by more than 255 bytes never meets another", async () => {
+    const { a, bob, cat, people } = await crew();
+    const long = "é".repeat(300);
+    await bob.socket.join(`${long}1`);
+    await cat.socket.join(`${long}2`);
+    a.io.to(`${long}2`).emit("hello");
+    expect(await heardFrom(a.io, people)).toEqual(only("cat", people, ["hello"]));
+    const names = await exchanges();
+    expect(names).toHaveLength(5); // the namespace, red, blue and the long ones
+    for (const name of names) expect(Buffer.byteLength(name)).toBeLessThanOrEqual(255);
+  });
+
+  test("like a part of another namespace's name stays in its own", async () => {
+    const [a, b, c] = await cluster();
+    const [ann, bob] = await Promise.all([join(b, ["b"], "/a"), join(c, [], "/a#b")]);
+    const [one, two] = [a.io.of("/a"), a.io.of("/a#b")];
+    await Promise.all([adapterOf(a.io, "/a").ready, adapterOf(a.io, "/a#b").ready]);
+    one.to("b").emit("hello");
+    two.emit("all");
+    expect(await heardFrom(one, { ann })).toEqual({ ann: [["hello"]] });
+    expect(await heardFrom(two, { bob })).toEqual({ bob: [["all"]] });
+  });
+});
+
+describe("order", () => {
+  test("one server's packets arrive once and as emitted, whatever their rooms and binary", async () => {
+    const { a, bob, people } = await crew();
+    const ways = (io: Server): Emitting[] => [
+      io,
+      io.to("red"),
+      io.to("blue"),
+      io.to(["red", "blue"]),
+      io.to(bob.socket.id),
+      io.except("green"),
+      io.to("blue").compress(false),
+    ];
+    const numbers = Array.from({ length: 700 }, (_, i) => i);
+    for (const i of numbers) {
+      ways(a.io)[i % 7]?.emit("n", i, i % 3 ? "plain" : Buffer.from("binary"));
+      if (i % 60 === 0) await Bun.sleep(0); // in bursts
+    }
+    const { bob: all, cat } = await heardFrom(a.io, people);
+    expect(all?.map(([, i]) => i)).toEqual(numbers);
+    const some = cat?.map(([, i]) => Number(i)) ?? [];
+    expect(some).toEqual(some.toSorted((x, y) => x - y));
+  });
+
+  test("holds for each of several senders at once", async () => {
+    const { nodes, people } = await crew();
+    const numbers = Array.from({ length: 200 }, (_, i) => i);
+    for (const i of numbers) {
+      for (const { io, port } of nodes) (i % 2 ? io : io.to(["red", "blue"])).emit("n", port, i);
+      if (i % 20 === 0) await Bun.sleep(0);
+    }
+    const ends = nodes.flatMap(({ port }) =>
+      Object.values(people).map(({ client }) => received(client, `end ${port}`)),
+    );
+    for (const { io, port } of nodes) io.emit(`end ${port}`);
+    await Promise.all(ends);
+    for (const { heard } of Object.values(people))
+      for (const { port } of nodes)
+        expect(heard.filter(([, sender]) => sender === port).map(([, , i]) => i)).toEqual(numbers);
+  });
+
+  test("what is emitted just before the server closes still arrives", async () => {
+    const { a, cat } = await crew();
+    const last = received(cat.client, "last");
+    for (let i = 0; i < 100; i++) a.io.to("blue").emit("n", i);
+    a.io.emit("last");
+    await a.io.close();
+    await last;
+    expect(cat.heard).toHaveLength(101);
+  });
+});
+
+describe("a join", () => {
+  test("is live: each emit after it reaches the socket, from every server", async () => {
+    const { nodes, cat } = await crew();
+    for (let i = 0; i < 30; i++) {
+      await cat.socket.join(`room${i}`);
+      const all = Promise.all(nodes.map((_, n) => received(cat.client, `${i} ${n}`)));
+      nodes.forEach(({ io }, n) => io.to(`room${i}`).emit(`${i} ${n}`));
+      await all;
+    }
+  });
+
+  test("is live too when another join of that room is still under way", async () => {
+    const { a, c, cat } = await crew();
+    const dan = await join(c);
+    const [one, two] = [received(cat.client, "hello"), received(dan.client, "hello")];
+    void dan.socket.join("green");
+    await cat.socket.join("green");
+    a.io.to("green").emit("hello");
+    await Promise.all([one, two]);
+  });
+
+  test("is live after joins and leaves in one breath", async () => {
+    const { a, cat, people } = await crew();
+    for (let i = 0; i < 20; i++) {
+      void cat.socket.join("green");
+      void cat.socket.leave("green");
+    }
+    await cat.socket.join("green");
+    a.io.to("green").emit("hello");
+    expect(await heardFrom(a.io, people)).toEqual(only("cat", people, ["hello"]));
+    void cat.socket.join("green");
+    await cat.socket.leave("green");
+    a.io.to("green").emit("hello");
+    expect(await heardFrom(a.io, people)).toEqual(only("", people, ["hello"]));
+  });
+
+  test("of many rooms at once binds all, and the end of the socket none", async () => {
+    const { a, c, cat } = await crew();
+    const rooms = Array.from({ length: 200 }, (_, i) => `room${i}`);
+    await cat.socket.join(rooms);
+    expect(c.adapter.stats.rooms).toBe(201);
+    const all = Promise.all(rooms.map((room) => received(cat.client, room)));
+    for (const room of rooms) a.io.to(room).emit(room);
+    await all;
+    cat.client.disconnect();
+    await eventually(() => expect(c.adapter.stats.rooms).toBe(0));
+    await eventually(async () =>
+      expect((await exchanges()).toSorted()).toEqual([`${prefix}#/`, `${prefix}#/#blue`, `${prefix}#/#red`]),
+    );
+  });
+
+  test("is live while other servers leave the room", async () => {
+    const { nodes, a, people } = await crew();
+    const members = Object.values(people);
+    for (let i = 0; i < 20; i++) {
+      await Promise.all(members.map(({ socket }, n) => (n === i % 3 ? socket.join("green") : socket.leave("green"))));
+      const hello = members.filter((_, n) => n === i % 3).map(({ client }) => received(client, `hello ${i}`));
+      (nodes[(i + 1) % 3] ?? a).io.to("green").emit(`hello ${i}`);
+      await Promise.all(hello);
+    }
+  });
+});
+
+describe("acknowledgements", () => {
+  test.each<[what: string, names: string, target: (io: Server) => Pick<Server, "timeout">]>([
+    ["everyone", "ann bob cat", (io) => io],
+    ["a room of other servers", "bob cat", (io) => io.to("blue")],
+    ["several rooms, once each", "ann bob cat", (io) => io.to(["red", "blue"])],
+    ["all but a room", "cat", (io) => io.except("red")],
+    ["this server alone", "ann", (io) => io.local],
+    ["nobody", "", (io) => io.to("green")],
+  ])("come from %s as soon as all are there", async (_, expected, target) => {
+    const { a } = await crew();
+    const names: unknown[] = await target(a.io).timeout(2_000).emitWithAck("name?");
+    expect(names.toSorted().join(" ")).toBe(expected);
+  });
+
+  test("carry binary both ways", async () => {
+    const { a, people } = await crew();
+    for (const { client } of Object.values(people))
+      client.on("echo", (data: unknown, answer: (value: unknown) => void) => answer({ data }));
+    const echo = { data: { deep: [Buffer.from("hello")] } };
+    expect(await a.io.timeout(2_000).emitWithAck("echo", echo.data)).toEqual([echo, echo, echo]);
+  });
+
+  test("that are missing are an error, with those that came", async () => {
+    const { a, cat } = await crew();
+    cat.client.off("name?");
+    const { promise, resolve } = Promise.withResolvers<unknown[]>();
+    a.io.timeout(300).emit("name?", (...result: [Error | null, string[]]) => resolve(result));
+    const [error, names] = (await promise) as [Error, string[]];
+    expect(error).toBeInstanceOf(Error);
+    expect(names.toSorted()).toEqual(["ann", "bob"]);
+  });
+
+  test("come from one remote socket", async () => {
+    const { a, cat } = await crew();
+    const [remote] = await a.io.in(cat.socket.id).fetchSockets();
+    expect(await remote?.timeout(2_000).emitWithAck("name?")).toBe("cat");
+  });
+});
+
+describe("sockets of other servers", () => {
+  const byId = (sockets: { id: string }[]) => new Set(sockets.map(({ id }) => id));
+
+  test("are fetched with their data, rooms and handshake", async () => {
+    const { a, cat } = await crew();
+    cat.socket.data = { name: "Cat", age: 7, tags: ["x"], face: Buffer.from("=^.^=") };
+    const sockets = await a.io.fetchSockets();
+    expect(sockets).toHaveLength(3);
+    const remote = sockets.find(({ id }) => id === cat.socket.id);
+    expect(remote?.data).toEqual(cat.socket.data);
+    expect(remote?.rooms).toEqual(cat.socket.rooms);
+    const { address, auth, headers, query, url, xdomain, time } = cat.socket.handshake;
+    expect(remote?.handshake).toMatchObject({ address, auth, headers, query: { ...query }, url, xdomain, time });
+    expect(remote?.handshake.auth).toEqual({ token: "secret" });
+  });
+
+  test("are fetched by room, without a room, and not with local", async () => {
+    const { a, ann, bob, cat } = await crew();
+    expect(byId(await a.io.in("blue").fetchSockets())).toEqual(byId([bob.socket, cat.socket]));
+    expect(byId(await a.io.in(["red", "blue"]).except("blue").fetchSockets())).toEqual(byId([ann.socket]));
+    expect(byId(await a.io.local.fetchSockets())).toEqual(byId([ann.socket]));
+    expect(await a.io.in("green").fetchSockets()).toEqual([]);
+  });
+
+  test("join and leave rooms, in order with a fetch", async () => {
+    const { a, bob, cat, people } = await crew();
+    a.io.in("blue").socketsJoin(["green", "yellow"]);
+    expect(byId(await a.io.in("green").fetchSockets())).toEqual(byId([bob.socket, cat.socket]));
+    a.io.in("red").socketsLeave("green");
+    expect(byId(await a.io.in("green").fetchSockets())).toEqual(byId([cat.socket]));
+    await cat.socket.join("green"); // resolves when the room is bound
+    a.io.to("green").emit("hello");
+    expect(await heardFrom(a.io, people)).toEqual(only("cat", people, ["hello"]));
+  });
+
+  test("join, leave, hear and disconnect one by one", async () => {
+    const { a, cat, people } = await crew();
+    const remote = async (): Promise<RemoteSocket<Record<string, never>, unknown> | undefined> =>
+      (await a.io.in(cat.socket.id).fetchSockets())[0];
+    (await remote())?.join("green");
+    (await remote())?.leave("blue");
+    expect([...((await remote())?.rooms ?? [])].toSorted()).toEqual([cat.socket.id, "green"].toSorted());
+    a.io.to(cat.socket.id).emit("hello");
+    expect(await heardFrom(a.io, people)).toEqual(only("cat", people, ["hello"]));
+    const gone = received(cat.client, "disconnect");
+    (await remote())?.disconnect(true);
+    expect(await gone).toContain("io server disconnect");
+  });
+
+  test("disconnect by room, after the packet that was sent just before", async () => {
+    const { a, ann, bob, cat } = await crew();
+    const gone = [bob, cat].map(({ client }) => received(client, "disconnect"));
+    a.io.to("blue").emit("bye");
+    a.io.in("blue").disconnectSockets();
+    await Promise.all(gone);
+    expect([bob.heard, cat.heard]).toEqual([[["bye"]], [["bye"]]]);
+    expect(ann.client.connected).toBe(true);
+    expect(byId(await a.io.fetchSockets())).toEqual(byId([ann.socket]));
+  });
+
+  test("disconnect with their connections when asked to", async () => {
+    const { a, cat } = await crew();
+    const closed = new Promise((resolve) => cat.client.io.on("close", resolve));
+    a.io.in(cat.socket.id).disconnectSockets(true);
+    await closed;
+  });
+});
+
+describe("servers", () => {
+  test("emit to each other, not to themselves, per namespace", async () => {
+    const nodes = await cluster();
+    const [a, b, c] = nodes;
+    for (const { io } of nodes) io.of("/chat");
+    await Promise.all(nodes.map(({ io }) => adapterOf(io, "/chat").ready));
+    const logs = nodes.map(({ io }) => {
+      const log: unknown[][] = [];
+      io.on("hello", (...args: unknown[]) => log.push(["/", ...args]));
+      io.of("/chat").on("hello", (...args: unknown[]) => log.push(["/chat", ...args]));
+      return log;
+    });
+    const ended = Promise.all([b, c].map(({ io }) => once(io.of("/chat"), "end")));
+    const args = [{ a: 1 }, [Buffer.from("x")], null];
+    a.io.serverSideEmit("hello", ...args);
+    a.io.of("/chat").serverSideEmit("hello");
+    a.io.of("/chat").serverSideEmit("end");
+    await ended;
+    expect(logs).toEqual([[], ...Array(2).fill([["/", ...args], ["/chat"]])]);
+  });
+
+  test("answer each other", async () => {
+    const [a, b, c] = await cluster();
+    a.io.on("sum", () => expect.unreachable());
+    b.io.on("sum", (x: number, y: number, answer: (sum: unknown) => void) => answer(x + y));
+    c.io.on("sum", (x: number, y: number, answer: (sum: unknown) => void) => {
+      answer({ sum: x + y });
+      answer("once only");
+    });
+    const answers: unknown[] = await a.io.serverSideEmitWithAck("sum", 1, 2);
+    expect(answers).toHaveLength(2);
+    expect(answers).toContainEqual(3);
+    expect(answers).toContainEqual({ sum: 3 });
+  });
+
+  test("that do not answer in time are an error, with the answers that came", async () => {
+    const [a, b] = await cluster({ requestsTimeout: 200 });
+    b.io.on("name?", (answer: (name: string) => void) => answer("b"));
+    const { promise, resolve } = Promise.withResolvers<unknown[]>();
+    a.io.serverSideEmit("name?", (...result: unknown[]) => resolve(result));
+    expect(await promise).toEqual([expect.any(Error), ["b"]]);
+  });
+
+  test("alone get no answers, at once", async () => {
+    const a = await start();
+    await a.adapter.ready;
+    expect(await a.io.serverSideEmitWithAck("name?")).toEqual([]);
+    expect(await a.io.fetchSockets()).toEqual([]);
+    expect(await a.adapter.serverCount()).toBe(1);
+  });
+
+  test("that close are forgotten at once", async () => {
+    const { a, b, c } = await crew();
+    await c.io.close();
+    expect(await milliseconds(() => b.io.fetchSockets())).toBeLessThan(500);
+    await acquainted([a, b]);
+    expect(await a.io.timeout(2_000).emitWithAck("name?")).toHaveLength(2);
+  });
+
+  test("killed with SIGKILL are not waited for once the broker has dropped their queue", async () => {
+    const nodes = await cluster();
+    const victim = child(A_SERVER);
+    await acquainted(nodes, 4);
+    victim.kill("SIGKILL");
+    await victim.exited;
+    for (const { io, adapter } of nodes) {
+      expect(await milliseconds(() => io.fetchSockets())).toBeLessThan(500);
+      expect(await adapter.serverCount()).toBe(3);
+    }
+  }, 15_000);
+
+  test("that hang are an error in time, and no longer waited for when they die", async () => {
+    const { nodes, a } = await crew({ requestsTimeout: 5_000 });
+    for (const { io } of nodes) io.on("name?", (answer: (name: string) => void) => answer("server"));
+    const victim = child(A_SERVER);
+    await acquainted(nodes, 4);
+    victim.kill("SIGSTOP");
+    await expect(a.io.timeout(100).fetchSockets()).rejects.toThrow();
+    const waiting = Promise.all([
+      a.io.fetchSockets(),
+      a.io.serverSideEmitWithAck("name?"),
+      a.io.timeout(5_000).emitWithAck("name?"),
+    ]);
+    victim.kill("SIGKILL");
+    await victim.exited;
+    expect(
+      await milliseconds(async () => {
+        const [sockets, servers, clients] = await waiting;
+        expect([sockets.length, servers.length, clients.length]).toEqual([3, 2, 3]);
+      }),
+    ).toBeLessThan(500);
+  }, 15_000);
+
+  test("that share one createAdapter() result, given to the constructor, are servers of their own", async () => {
+    const adapter = createAdapter({ amqpConnection, prefix });
+    const hosts = await Promise.all([host({ adapter }), host({ adapter }), host({ adapter })]);
+    const nodes = hosts.map(({ io, port }) => ({ io, port, adapter: adapterOf(io) }));
+    await acquainted(nodes);
+    const members = await Promise.all(nodes.map((node) => join(node, ["red"])));
+    const all = Promise.all(members.map(({ client }) => received(client, "hello")));
+    nodes[0]?.io.to("red").emit("hello");
+    await all;
+    expect(await queues()).toHaveLength(3);
+    await nodes[2]?.io.close();
+    await acquainted(nodes.slice(0, 2));
+  });
+
+  test("with different prefixes do not meet", async () => {
+    const { a, people } = await crew();
+    const other = await start({ prefix: `${prefix}x` });
+    await other.adapter.ready;
+    const dan = await join(other, ["red"]);
+    a.io.to("red").emit("hello");
+    other.io.to("red").emit("other");
+    expect(await heardFrom(other.io, { dan })).toEqual({ dan: [["other"]] });
+    expect(await heardFrom(a.io, people)).toEqual(only("ann bob", people, ["hello"]));
+    expect(await other.io.fetchSockets()).toHaveLength(1);
+    expect(await other.adapter.serverCount()).toBe(1);
+  });
+
+  test("with and without room exchanges work together", async () => {
+    const [a, b, c] = await Promise.all([start(), start({ roomExchanges: false }), start({ roomExchanges: false })]);
+    await acquainted([a, b, c]);
+    const people = { ann: await join(a, ["red"]), bob: await join(b, ["red"]), cat: await join(c, ["blue"]) };
+    for (const { io } of [a, b, c]) {
+      io.to("red").emit("hello");
+      io.to(["red", "blue"]).emit("all");
+      const both = [["hello"], ["all"]];
+      expect(await heardFrom(io, people)).toEqual({ ann: both, bob: both, cat: [["all"]] });
+    }
+    await people.ann.socket.leave("red");
+    b.io.to("red").emit("hello");
+    expect(await heardFrom(b.io, people)).toEqual(only("bob", people, ["hello"]));
+  });
+});
+
+describe("namespaces", () => {
+  test("that match a pattern come with a client, go with it, and come again", async () => {
+    const nodes = await cluster(undefined, { cleanupEmptyChildNamespaces: true });
+    const [a, b, c] = nodes;
+    for (const { io } of nodes) io.of(/^\/dynamic-\d+$/).on("connection", (socket) => socket.join("red"));
+    for (let round = 0; round < 3; round++) {
+      const [ann, bob] = await Promise.all([join(a, ["red"], "/dynamic-1"), join(b, ["red"], "/dynamic-1")]);
+      await Promise.all([adapterOf(a.io, "/dynamic-1").ready, adapterOf(b.io, "/dynamic-1").ready]);
+      const hello = received(bob.client, "hello");
+      a.io.of("/dynamic-1").to("red").emit("hello");
+      await hello;
+      expect(await a.io.of("/dynamic-1").fetchSockets()).toHaveLength(2);
+      ann.client.disconnect();
+      bob.client.disconnect();
+      await eventually(async () => expect(await exchanges()).toEqual([`${prefix}#/`]));
+    }
+    expect(await c.io.fetchSockets()).toEqual([]);
+  });
+
+  test("that only some servers have are not waited for by the others", async () => {
+    const [a, b] = await cluster();
+    const { client } = await join(b, [], "/late");
+    client.on("name?", (answer: (name: string) => void) => answer("late"));
+    await adapterOf(b.io, "/late").ready;
+    const late = a.io.of("/late");
+    await adapterOf(a.io, "/late").ready;
+    await eventually(async () => expect(await late.fetchSockets()).toHaveLength(1));
+    expect(await milliseconds(() => late.fetchSockets())).toBeLessThan(500);
+    expect(await late.timeout(2_000).emitWithAck("name?")).toEqual(["late"]);
+  });
+});
+
+describe("rooms and sockets of an adapter", () => {
+  /** What a program of joins and leaves does to `rooms`, `sids` and the room events; socket ids by their names. */
+  async function life(node: Host): Promise<unknown[]> {
+    const { adapter } = node.io.of("/");
+    const log: unknown[] = [];
+    for (const event of ["create-room", "join-room", "leave-room", "delete-room"])
+      adapter.on(event, (...args: unknown[]) => log.push([event, ...args]));
+    const [one, two] = [await join(node), await join(node)];
+    const steps: (() => unknown)[] = [
+      () => one.socket.join("a"),
+      () => one.socket.join("a"),
+      () => two.socket.join(["a", "b"]),
+      () => one.socket.leave("a"),
+      () => one.socket.leave("a"),
+      () => one.socket.leave("none"),
+      () => node.io.in("b").socketsJoin(["c", "d"]),
+      () => node.io.in("c").socketsLeave("b"),
+      () => adapter.addAll(one.socket.id, new Set(["e"])),
+      () => adapter.del("stranger", "e"),
+      () => adapter.delAll(one.socket.id),
+      () => log.push(adapter.socketRooms(two.socket.id), adapter.socketRooms("stranger")),
+      () => node.io.in("d").disconnectSockets(),
+    ];
+    for (const step of steps) {
+      void step();
+      log.push({
+        rooms: [...adapter.rooms].map(([room, ids]) => [room, [...ids]]),
+        sids: [...adapter.sids].map(([id, rooms]) => [id, [...rooms]]),
+      });
+    }
+    const names = new Map([one, two].map(({ socket }, n) => [socket.id, `socket ${n}`]));
+    const named = (value: unknown): unknown => {
+      if (typeof value === "string") return names.get(value) ?? value;
+      if (value instanceof Set || Array.isArray(value)) return [...value].map(named);
+      return typeof value === "object" && value
+        ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, named(v)]))
+        : value;
+    };
+    return log.map(named);
+  }
+
+  test("are those of the in-memory adapter, at every step", async () => {
+    const [a, b] = await cluster();
+    await join(b, ["a", "b", "c"]); // another server's sockets are no part of it
+    expect(await life(a)).toEqual(await life(await host()));
+  });
+});
+
+describe("clients over", () => {
+  test.each([
+    ["WebSocket, the HTTP engine", "http", ["websocket"]],
+    ["long-polling, the HTTP engine", "http", ["polling"]],
+    ["long-polling upgraded to WebSocket, the HTTP engine", "http", ["polling", "websocket"]],
+    ["WebSocket, Bun's engine", "bun", ["websocket"]],
+    ["long-polling, Bun's engine", "bun", ["polling"]],
+  ] as const)("%s, get text and binary in order and answer", async (_, engine, transports) => {
+    const { a, people } = await crew(undefined, { engine }, { transports: [...transports] });
+    const packets = [
+      ["text", "héllo"],
+      ["binary", { deep: [Buffer.from("x")] }],
+      ["text", 1],
+      ["many", "x".repeat(1e5)],
+    ];
+    for (const [event = "", ...args] of packets) a.io.to(["red", "blue"]).emit(String(event), ...args);
+    expect(await heardFrom(a.io, people)).toEqual({ ann: packets, bob: packets, cat: packets });
+    expect(await a.io.timeout(2_000).emitWithAck("name?")).toHaveLength(3);
+    const gone = received(people.cat.client, "disconnect");
+    a.io.in(people.cat.socket.id).disconnectSockets(true);
+    await gone;
+  });
+
+  test("a custom parser get text and binary, and answer", async () => {
+    const { a, bob, people } = await crew(undefined, { parser: msgpack }, { parser: msgpack });
+    const outgoing: unknown[][] = [];
+    bob.socket.onAnyOutgoing((...event: unknown[]) => outgoing.push(event));
+    const packet = ["hello", { n: 1, deep: [Buffer.from("x")] }, null];
+    a.io.to(["red", "blue"]).emit("hello", ...packet.slice(1));
+    expect(await heardFrom(a.io, people)).toEqual({ ann: [packet], bob: [packet], cat: [packet] });
+    expect(outgoing[0]).toEqual(packet);
+    const emitter = createEmitter({ amqpConnection, prefix });
+    closers.push(() => emitter.close());
+    emitter.to("blue").emit("hello", ...packet.slice(1));
+    expect(await heardFrom(emitter, people)).toEqual(only("bob cat", people, packet));
+    expect(await a.io.timeout(2_000).emitWithAck("name?")).toHaveLength(3);
+  });
+});
+
+describe("on the broker", () => {
+  test("the names are those of the README", async () => {
+    const nodes = await cluster({ prefix: undefined });
+    const [a, b, c] = nodes;
+    const ours = async () => {
+      const all = await broker.bindings("socket.io#");
+      return all.map(({ source, key, kind, destination }) => `${source} --${key}--> ${kind} ${destination}`).toSorted();
+    };
+    a.io.of("/chat");
+    await adapterOf(a.io, "/chat").ready;
+    expect((await broker.exchanges("socket.io#")).toSorted()).toEqual(["socket.io#/", "socket.io#/chat"]);
+    const names = await broker.queues("socket.io#");
+    expect(names).toHaveLength(3);
+    for (const { name, exclusive } of names)
+      expect([name, exclusive]).toEqual([expect.stringMatching(/^socket\.io#@[\w-]+\.\d+$/), true]);
+
+    const before = await ours();
+    const [ann, bob] = await Promise.all([join(b), join(c)]);
+    expect(await ours()).toEqual(before); // a connecting client adds nothing
+    const keys = names.flatMap(({ name }) => ["", "@", `@${/@([\w-]+)/.exec(name)?.[1]}`].map((key) => [key, name]));
+    const servers = keys.map(([key, queue]) => `socket.io#/ --${key}--> queue ${queue}`);
+    const chat = expect.stringMatching(/^socket\.io#\/chat ----> queue socket\.io#@/);
+    expect(before).toEqual([...servers.toSorted(), chat]);
+
+    await ann.socket.join("room42");
+    const added = (await ours()).filter((binding) => !before.includes(binding));
+    expect(added).toEqual([
+      "socket.io#/ --#room42--> exchange socket.io#/#room42",
+      expect.stringMatching(/^socket\.io#\/#room42 --(.*)--> queue socket\.io#@/),
+    ]);
+    await bob.socket.join("room42");
+    await ann.socket.leave("room42");
+    expect(await broker.exchanges("socket.io#")).toContain("socket.io#/#room42");
+    bob.client.disconnect();
+    await eventually(async () => expect(await ours()).toEqual(before));
+    expect(await broker.exchanges("socket.io#")).not.toContain("socket.io#/#room42");
+
+    await Promise.all(nodes.map(({ io }) => io.close()));
+    expect(await broker.exchanges("socket.io#")).toEqual([]);
+    expect(await broker.queues("socket.io#")).toEqual([]);
+  });
+
+  test("roomExchanges: false binds the queue straight to the namespace's exchange", async () => {
+    const { b } = await crew({ roomExchanges: false });
+    expect(await exchanges()).toEqual([`${prefix}#/`]);
+    const red = (await bindings()).filter(({ key }) => key === "#red");
+    expect(red.map(({ source, kind }) => [source, kind])).toEqual(Array(2).fill([`${prefix}#/`, "queue"]));
+    expect(b.adapter.stats.rooms).toBe(2);
+  });
+
+  test('socketRooms: "bound" binds rooms named like a socket id too', async () => {
+    const { a, c, cat, people } = await crew({ socketRooms: "bound" });
+    await eventually(() => expect(c.adapter.stats.rooms).toBe(2));
+    expect((await bindings()).map(({ key }) => key)).toContain(`#${cat.socket.id}`);
+    a.io.to(cat.socket.id).emit("hello");
+    expect(await heardFrom(a.io, people)).toEqual(only("cat", people, ["hello"]));
+  });
+
+  test("a server without the room gets none of its messages, also when several rooms are named", async () => {
+    const { nodes, a, b, c, people } = await crew({ heartbeatInterval: 60_000, heartbeatTimeout: 120_000 });
+    await Promise.all(nodes.map(({ io }) => io.fetchSockets())); // what was said at the start has arrived
+    const before = [b, c].map(({ adapter }) => adapter.stats);
+    for (let i = 0; i < 10; i++) {
+      a.io.to("red").emit("hello");
+      a.io.to(["red", "green"]).emit("hello");
+      a.io.to("red").except("green").emit("hello", Buffer.from("x"));
+      a.io.in("red").socketsJoin("red");
+    }
+    await heardFrom(a.io, people);
+    const packets = [b, c].map(({ adapter }, n) => adapter.stats.packetsReceived - (before[n]?.packetsReceived ?? NaN));
+    expect(packets).toEqual([41, 1]); // the one is heardFrom's
+  });
+
+  test("queueArguments are the queue's", async () => {
+    const { adapter } = await start({ queueArguments: { "x-max-length": 1_000 } });
+    await adapter.ready;
+    expect(await broker.ctl("list_queues", "name", "arguments")).toMatch(new RegExp(`${prefix}#@.*x-max-length.*1000`));
+  });
+
+  test("what the adapter did stands in its stats", async () => {
+    const { a, b, people } = await crew();
+    expect(a.adapter.stats).toMatchObject({ connected: true, rooms: 1, packetsSent: 0, lost: 0, lastError: undefined });
+    expect(b.adapter.stats).toMatchObject({ connected: true, rooms: 2, reconnects: { consuming: 0, publishing: 0 } });
+    for (let i = 0; i < 50; i++) a.io.to("red").emit("hello");
+    await heardFrom(a.io, people);
+    expect(a.adapter.stats.packetsSent).toBe(51);
+    expect(b.adapter.stats.packetsReceived).toBe(51);
+    expect(a.adapter.stats.framesSent).toBeLessThanOrEqual(51);
+    await eventually(() => expect(a.adapter.stats.unconfirmed).toBe(0));
+  });
+});
+
+describe("an emitter", () => {
+  const emitting = (options: Partial<EmitterOptions> = {}): Emitter => {
+    const emitter = createEmitter({ amqpConnection, prefix, ...options });
+    closers.push(() => emitter.close());
+    return emitter;
+  };
+
+  test.each<[what: string, hearers: string, target: (emitter: Emitter, cat: Member) => Emitting]>([
+    ["everyone", "ann bob cat", (emitter) => emitter],
+    ["a room", "ann bob", (emitter) => emitter.to("red")],
+    ["rooms, once each", "ann bob cat", (emitter) => emitter.to("red").in(["blue", "green"])],
+    ["all but a room", "cat", (emitter) => emitter.except("red")],
+    ["all but several rooms", "", (emitter) => emitter.except(["red"]).except("blue")],
+    ["a room but for a socket", "bob", (emitter, cat) => emitter.to("blue").except(cat.socket.id)],
+    ["a socket", "cat", (emitter, cat) => emitter.to(cat.socket.id)],
+    ["everyone, volatile", "ann bob cat", (emitter) => emitter.volatile],
+    ["everyone, uncompressed", "ann bob cat", (emitter) => emitter.compress(false)],
+  ])("reaches %s", async (_, hearers, target) => {
+    const { people, cat } = await crew();
+    const emitter = emitting();
+    await emitter.ready;
+    const event = ["hello", 1, { deep: [Buffer.from("x")] }];
+    target(emitter, cat).emit("hello", ...event.slice(1));
+    expect(await heardFrom(emitter, people)).toEqual(only(hearers, people, event));
+  });
+
+  test("reaches one namespace, with the types of its events", async () => {
+    const [, b] = await cluster();
+    const { client } = await join(b, ["red"], "/chat");
+    await adapterOf(b.io, "/chat").ready;
+    const emitter = createEmitter<{ hello: (name: string, n: number) => void }>({ amqpConnection, prefix });
+    closers.push(() => emitter.close());
+    const hello = received(client, "hello");
+    emitter.of("/chat").to("red").emit("hello", "world", 1);
+    // @ts-expect-error: the second argument is a number
+    emitter.of("/nobody").emit("hello", "world", "1");
+    expect(await hello).toEqual(["world", 1]);
+  });
+
+  test("makes sockets join, leave and disconnect", async () => {
+    const { a, b, bob, cat, people } = await crew();
+    const emitter = emitting();
+    emitter.in("blue").socketsJoin(["green", "yellow"]);
+    emitter.in("red").socketsLeave("green");
+    await heardFrom(emitter, people);
+    expect([bob.socket.rooms, cat.socket.rooms].map((rooms) => [rooms.has("green"), rooms.has("yellow")])).toEqual([
+      [false, true],
+      [true, true],
+    ]);
+    const gone = [bob, cat].map(({ client }) => received(client, "disconnect"));
+    emitter.to("yellow").emit("bye"); // Bob and Cat may not be bound to it yet
+    emitter.in("blue").disconnectSockets(true);
+    await Promise.all(gone);
+    expect(await a.io.fetchSockets()).toHaveLength(1);
+    expect(b.io.of("/").sockets.size).toBe(0);
+  });
+
+  test("emits to the servers, and is none of them", async () => {
+    const nodes = await cluster();
+    const emitter = emitting();
+    const all = Promise.all(nodes.map(({ io }) => once(io, "hello")));
+    emitter.serverSideEmit("hello", "world", Buffer.from("x"));
+    expect(await all).toEqual(Array(3).fill(["world", Buffer.from("x")]));
+    expect(await nodes[0].adapter.serverCount()).toBe(3);
+    expect(() => emitter.serverSideEmit("hello", () => {})).toThrow();
+    expect(() => emitter.emit("disconnect")).toThrow("reserved");
+  });
+
+  test("has everything confirmed by the broker when close() resolves", async () => {
+    const { cat } = await crew();
+    const last = received(cat.client, "last");
+    const emitter = createEmitter({ amqpConnection, prefix });
+    for (let i = 0; i < 2_000; i++) emitter.to("blue").emit("n", i);
+    emitter.emit("last");
+    await emitter.close();
+    await last;
+    expect(cat.heard.slice(0, -1).map(([, i]) => i)).toEqual(Array.from({ length: 2_000 }, (_, i) => i));
+    expect(() => emitter.emit("late")).toThrow();
+  });
+
+  test("alone leaves nothing behind", async () => {
+    const emitter = createEmitter({ amqpConnection, prefix });
+    await emitter.ready;
+    emitter.to("nobody").emit("hello");
+    await emitter.close();
+    expect([await exchanges(), await queues()]).toEqual([[], []]);
+  });
+
+  test("reports what goes wrong to onError", async () => {
+    const reported = Promise.withResolvers<Error>();
+    const emitter = createEmitter({ amqpConnection, prefix, maxPayload: 1_000, onError: reported.resolve });
+    closers.push(() => emitter.close());
+    emitter.emit("big", "x".repeat(2_000));
+    expect((await reported.promise).message).toMatch(/maxPayload|1000|1_000/);
+  });
+});
+
+describe("a JSON array from any AMQP client", () => {
+  test.each<[what: string, hearers: string, exchange: string, key: string]>([
+    ["under a room's key is for the room", "ann bob", "#/", "#red"],
+    ["under no key is for everyone", "ann bob cat", "#/", ""],
+    ["to the room's exchange is for the room", "ann bob", "#/#red", ""],
+    ["to the room's exchange, with any key, is for the room", "ann bob", "#/#red", "whatever"],
+    ["for an empty room is for nobody", "", "#/", "#green"],
+  ])("%s", async (_, hearers, exchange, key) => {
+    const { people } = await crew();
+    await publish(prefix + exchange, key, '["hello","world",{"n":1}]', JSON_TYPE);
+    const anybody = { emit: (event: string) => publish(`${prefix}#/`, "", JSON.stringify([event]), JSON_TYPE) };
+    expect(await heardFrom(anybody, people)).toEqual(only(hearers, people, ["hello", "world", { n: 1 }]));
+  });
+
+  test("with a room of 300 characters goes to the exchange that stands on the broker", async () => {
+    const { cat } = await crew();
+    await cat.socket.join("x".repeat(300));
+    const others = ["#/", "#/#red", "#/#blue"].map((name) => prefix + name);
+    const [exchange = ""] = (await exchanges()).filter((name) => !others.includes(name));
+    const hello = received(cat.client, "hello");
+    await publish(exchange, "", '["hello"]', JSON_TYPE);
+    await hello;
+  });
+});
+
+describe("a bad message", () => {
+  test.each<[what: string, body: string | Buffer, properties: Amqp.Publish]>([
+    ["empty", "", {}],
+    ["of random bytes", Buffer.from("c3a1ff0000009f7f8812fe", "hex"), {}],
+    ["of text", "hello", { contentType: "text/plain" }],
+    ["of broken JSON", '["hello"', JSON_TYPE],
+    ["of deep JSON", "[".repeat(100_000), JSON_TYPE],
+    ["of a JSON object", '{"hello":"world"}', JSON_TYPE],
+    ["of an empty JSON array", "[]", JSON_TYPE],
+    ["of an event without a name", "[1]", JSON_TYPE],
+    ["of a reserved event", '["disconnect"]', JSON_TYPE],
+    ["larger than maxPayload", JSON.stringify(["big", "x".repeat(20_000)]), JSON_TYPE],
+  ])("%s is reported and dropped, and the next one is handled", async (_, body, properties) => {
+    const { nodes, people } = await crew({ maxPayload: 10_000 });
+    const reported = Promise.all(nodes.map(({ adapter }) => once(adapter, "error")));
+    await publish(`${prefix}#/`, "", body, properties);
+    await reported;
+    for (const node of nodes) expect(errorsOf(node)).toHaveLength(1);
+    expect(await heardFrom(nodes[0].io, people)).toEqual(only("", people, []));
+    await reunited(nodes);
+  });
+
+  test("straight into a server's queue is reported and dropped", async () => {
+    const { nodes } = await crew();
+    const reported = Promise.all(nodes.map(({ adapter }) => once(adapter, "error")));
+    for (const { name } of await queues()) await publish("", name, "hello", { headers: { a: 1 } });
+    await reported;
+    for (const node of nodes) expect(errorsOf(node)).toHaveLength(1);
+    await reunited(nodes);
+  });
+
+  test("that was cut short on the way harms nothing", async () => {
+    const { nodes, a, people } = await crew();
+    const spy = await connect(broker.url);
+    closers.push(() => spy.close());
+    const channel = await spy.createChannel();
+    const { queue } = await channel.assertQueue("", { exclusive: true });
+    await channel.bindQueue(queue, `${prefix}#/`, "");
+    a.io.emit("hello", { deep: Buffer.from("x") }, "world");
+    await eventually(async () => {
+      const message = await channel.get(queue, { noAck: true });
+      if (!message) throw new Error("no frame yet");
+      for (let length = 0; length < message.content.length; length += 3)
+        channel.publish(`${prefix}#/`, "", message.content.subarray(0, length), message.properties);
+    });
+    await reunited(nodes);
+    await heardFrom(a.io, people);
+    nodes.forEach(errorsOf);
+  });
+
+  test("with nobody listening for errors is dropped as well", async () => {
+    const { nodes, people } = await crew();
+    for (const { adapter } of nodes) adapter.removeAllListeners("error");
+    await publish(`${prefix}#/`, "", "hello");
+    expect(await heardFrom(nodes[0].io, people)).toEqual(only("", people, []));
+    await eventually(() => expect(nodes[2].adapter.stats.lastError).toBeInstanceOf(Error));
+  });
+
+  test("a packet over maxPayload is reported, delivered locally, and costs no other", async () => {
+    const { a, people } = await crew({ maxPayload: 10_000 });
+    const packets = [
+      ["one"],
+      ["big", "x".repeat(20_000)],
+      ["two"],
+      ["big", Buffer.alloc(20_000)],
+      ["three", "x".repeat(9_000)],
+    ];
+    for (const [event = "", ...args] of packets) a.io.emit(String(event), ...args);
+    const small = packets.filter(([event]) => event !== "big");
+    expect(await heardFrom(a.io, people)).toEqual({ ann: packets, bob: small, cat: small });
+    expect(errorsOf(a)).toEqual([expect.stringMatching(/maxPayload/), expect.stringMatching(/maxPayload/)]);
+  });
+});
+
+describe("a connection", () => {
+  const opened: Record<string, () => Promise<AdapterOptions["amqpConnection"]>> = {
+    "that is a promise": async () => () => connect(broker.url),
+    "that is an object, one for each call": async () => {
+      const connections = [await connect(broker.url), await connect(broker.url)];
+      return () => connections.shift() ?? connect(broker.url);
+    },
+    "that is one object for all calls": async () => {
+      const connection = await connect(broker.url);
+      return () => connection;
+    },
+    "that recovers by itself": async () => () => connect(broker.url, { recovery: true }),
+    "that recovers by itself, later": async () => () => connect(broker.url, { recovery: { waitForConnect: false } }),
+  };
+  test.each(Object.entries(opened))("%s serves a server", async (_, opened) => {
+    const [a, b, c] = await Promise.all([start(), start(), start({ amqpConnection: await opened() })]);
+    await acquainted([a, b, c]);
+    const [ann, cat] = await Promise.all([join(a, ["red"]), join(c, ["red"])]);
+    const all = [ann, cat].flatMap(({ client }) => [received(client, "from b"), received(client, "from c")]);
+    b.io.to("red").emit("from b");
+    c.io.to("red").emit("from c");
+    await Promise.all(all);
+  });
+
+  test("that fails is tried again, and said so", async () => {
+    let calls = 0;
+    const node = await start({
+      amqpConnection: () => {
+        if (++calls === 1) throw new Error("thrown");
+        if (calls === 2) return Promise.reject(new Error("rejected"));
+        return calls < 5 ? connect("amqp://127.0.0.1:1") : connect(broker.url);
+      },
+    });
+    await node.adapter.ready;
+    const said = errorsOf(node).join();
+    expect(said).toContain("thrown");
+    expect(said).toContain("rejected");
+    expect(said).toContain("ECONNREFUSED");
+    expect(node.adapter.stats.connected).toBe(true);
+  });
+
+  test("that never comes costs local sockets nothing", async () => {
+    const node = await start({ amqpConnection: () => connect("amqp://127.0.0.1:1") });
+    const ann = await join(node);
+    expect(await milliseconds(async () => ann.socket.join("red"))).toBeLessThan(200);
+    node.io.to("red").emit("hello");
+    expect(await heardFrom(node.io, { ann })).toEqual({ ann: [["hello"]] });
+    expect(await milliseconds(() => node.io.fetchSockets())).toBeLessThan(200);
+    expect(node.adapter.stats.connected).toBe(false);
+    expect(await milliseconds(() => node.io.close())).toBeLessThan(500);
+    await expect(node.adapter.ready).rejects.toThrow("closed");
+    errorsOf(node);
+  });
+
+  const faults: Record<string, (channels: Channel[]) => Promise<unknown>> = {
+    "closed by the operator": () => broker.ctl("close_all_connections", "--global", "maintenance"),
+    "whose queue the operator deletes": async () => broker.ctl("delete_queue", (await queues())[0]?.name ?? ""),
+    "whose channels the broker closes": (channels) =>
+      Promise.allSettled(channels.map((channel) => channel.checkExchange("is not there"))),
+  };
+  test.each(Object.entries(faults))("%s is opened again, and everything bound", async (_, fault) => {
+    const channels: Channel[] = [];
+    const { nodes } = await crew({
+      amqpConnection: async () => {
+        const connection = await connect(broker.url);
+        const { createChannel, createConfirmChannel } = connection;
+        connection.createChannel = async (options) => {
+          const channel = await createChannel.call(connection, options);
+          channels.push(channel);
+          return channel;
+        };
+        connection.createConfirmChannel = async (options) => {
+          const channel = await createConfirmChannel.call(connection, options);
+          channels.push(channel);
+          return channel;
+        };
+        return connection;
+      },
+    });
+    const reported = Promise.race(nodes.map(({ adapter }) => once(adapter, "error")));
+    await fault(channels);
+    await reported;
+    await reunited(nodes);
+    for (const node of nodes) expect(await node.io.fetchSockets()).toHaveLength(3);
+    nodes.forEach(errorsOf);
+  });
+
+  test("comes back with the broker, which may also be away at the start", async () => {
+    const [a, b] = await Promise.all([start(), start()]);
+    await acquainted([a, b]);
+    const [ann, bob] = await Promise.all([join(a, ["red"]), join(b, ["red", "blue"])]);
+    await broker.stop();
+    const c = await start();
+    const cat = await join(c);
+    expect(await milliseconds(async () => cat.socket.join("blue"))).toBeLessThan(200);
+    c.io.to("blue").emit("hello");
+    expect(await heardFrom(c.io, { cat })).toEqual({ cat: [["hello"]] });
+    expect(a.adapter.stats.connected).toBe(false);
+    await ann.socket.leave("red");
+    await ann.socket.join("green");
+    await broker.start();
+    introduce({ ann, bob, cat });
+    await reunited([a, b, c], ["red", "blue", "green"]);
+    expect((await a.io.in("red").fetchSockets()).map(({ id }) => id)).toEqual([bob.socket.id]);
+    const rooms = ["", "#blue", "#green", "#red"].map((room) => `${prefix}#/${room}`);
+    await eventually(async () => expect((await exchanges()).toSorted()).toEqual(rooms));
+    for (const node of [a, b, c]) expect(errorsOf(node).length).toBeGreaterThan(0);
+  }, 60_000);
+
+  test("without permission is refused, said so, and works as soon as the least permission is given", async () => {
+    const user = `${RUN}-user`;
+    await broker.ctl("add_user", user, "secret");
+    closers.push(() => broker.ctl("delete_user", user));
+    await broker.ctl("set_permissions", user, "^$", "^$", "^$");
+    const [a, b] = await Promise.all([start(), start()]);
+    await acquainted([a, b]);
+    const c = await start({ amqpConnection: () => connect(broker.url.replace("guest:guest", `${user}:secret`)) });
+    const [error] = await once(c.adapter, "error");
+    expect(String(error)).toMatch(/403|ACCESS_REFUSED/);
+    const ours = `^${prefix}#`;
+    await broker.ctl("set_permissions", user, ours, ours, ours);
+    await c.adapter.ready;
+    await acquainted([a, b, c]);
+    const cat = await join(c, ["red"]);
+    b.io.to("red").emit("hello");
+    expect(await heardFrom(b.io, { cat })).toEqual({ cat: [["hello"]] });
+    expect(errorsOf(c).length).toBeLessThan(20); // no hot loop
+  }, 30_000);
+
+  test("that the broker blocks holds what is published, and joins go on", async () => {
+    const { nodes, a, cat, people } = await crew();
+    const hello = received(cat.client, "hello");
+    await broker.ctl("set_vm_memory_high_watermark", "0");
+    try {
+      const blocked = once(a.adapter, "error");
+      a.io.emit("blocked");
+      expect(String(await blocked)).toMatch(/block/i);
+      await cat.socket.join("green");
+      a.io.to("green").emit("hello");
+    } finally {
+      await broker.ctl("set_vm_memory_high_watermark", "0.4");
+    }
+    await hello;
+    expect(await heardFrom(a.io, people)).toEqual({
+      ann: [["blocked"]],
+      bob: [["blocked"]],
+      cat: [["blocked"], ["hello"]],
+    });
+    nodes.forEach(errorsOf);
+  }, 30_000);
+});
+
+describe("options", () => {
+  const required = { amqpConnection: () => connect("amqp://127.0.0.1:1") };
+  test.each<[option: string, value: unknown, expected: RegExp]>([
+    ["amqpConnection", undefined, /function.*undefined/],
+    ["amqpConnection", "amqp://localhost", /function.*amqp:\/\/localhost/],
+    ["prefix", 42, /string.*42/],
+    ["prefix", "", /string/],
+    ["roomExchanges", "no", /true|false|boolean.*no/],
+    ["socketRooms", "all", /shared.*bound.*all/],
+    ["requestsTimeout", "5s", /number.*5s/],
+    ["requestsTimeout", -1, /positive.*-1/],
+    ["heartbeatInterval", NaN, /number.*NaN/],
+    ["heartbeatTimeout", 0, /positive.*0/],
+    ["queueArguments", [], /object.*\[/],
+    ["maxPayload", "16 MiB", /number.*16 MiB/],
+    ["journal", 5, /bytes.*ms.*5/],
+    ["journal", { bytes: "1 MB" }, /bytes.*1 MB/],
+    ["journal", { ms: -1 }, /ms.*-1/],
+  ])("%s: %j is refused by name, with what was expected", (option, value, expected) => {
+    const create = () => createAdapter({ ...required, [option]: value });
+    expect(create).toThrow(TypeError);
+    expect(create).toThrow(option);
+    expect(create).toThrow(expected);
+  });
+
+  test("that an emitter has are checked as well", () => {
+    expect(() => createEmitter({ ...required, prefix: 42 as unknown as string })).toThrow(TypeError);
+    const onError = "log" as unknown as () => void;
+    expect(() => createEmitter({ ...required, onError })).toThrow(/onError.*function.*log/);
+    expect(() => createEmitter({} as EmitterOptions)).toThrow(/amqpConnection/);
+    expect(() => createAdapter(undefined as unknown as AdapterOptions)).toThrow(TypeError);
+  });
+
+  test("left undefined have their defaults", () => {
+    const none = { prefix: undefined, journal: undefined, socketRooms: undefined };
+    expect(createAdapter({ ...required, ...none })).toBeFunction();
+  });
+});
+
+describe("a process", () => {
+  const nowhere = `() => connect("amqp://127.0.0.1:1")`;
+  const programs = {
+    "with a server": `${A_SERVER} io.of("/").adapter.addAll("id", new Set(["red"])); io.emit("hello"); await io.close();`,
+    "with another namespace": `${A_SERVER} io.of("/chat"); await io.of("/chat").adapter.ready; await io.close();`,
+    "with a server closed before it was connected": `
+      const io = new Server(0, { adapter: createAdapter({ amqpConnection, prefix }) });
+      await io.close();`,
+    "with a server closed while the broker is away": `
+      const io = new Server(0, { adapter: createAdapter({ amqpConnection: ${nowhere}, prefix }) });
+      await new Promise((resolve) => io.of("/").adapter.once("error", resolve));
+      await io.close();`,
+    "with an emitter": `
+      const emitter = createEmitter({ amqpConnection, prefix });
+      emitter.emit("hello");
+      await emitter.close();`,
+  };
+  test.each(Object.entries(programs))("%s ends by itself after close()", async (_, source) => {
+    const { exited, stdout, stderr } = child(`${source} console.log("closed");`);
+    expect(await exited).toBe(0);
+    expect([await stdout.text(), await stderr.text()]).toEqual(["closed\n", ""]);
+  });
+
+  test("loads nothing at run time but the peer dependencies", async () => {
+    const source = await Bun.file(new URL("index.ts", import.meta.url)).text();
+    const imports = new Bun.Transpiler({ loader: "ts" }).scanImports(source);
+    expect(imports.map(({ path }) => path).filter((path) => !path.startsWith("node:"))).toEqual(["socket.io-adapter"]);
+  });
+});
+
+test("nothing of all this is left on the broker", async () => {
+  expect([await broker.exchanges(RUN), await broker.queues(RUN), await broker.bindings(RUN)]).toEqual([[], [], []]);
+});

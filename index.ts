@@ -1,0 +1,2421 @@
+/**
+ * socket.io-amqp0: the Socket.IO adapter for AMQP 0-9-1 brokers (RabbitMQ and its kin), for Bun.
+ *
+ *   io.to("room42").emit()            each server that holds sockets of room42: one exclusive queue
+ *          │                                                         ▲
+ *          ▼                                                         │ bound by the first local join,
+ *   exchange socket.io#/  ──"#room42"──►  exchange socket.io#/#room42 ┘ unbound by the last local leave
+ *   (direct, one per namespace)           (fanout, one per room)
+ *
+ * Read from the top: what you call · the adapter (Socket.IO's side) · the emitter · the member (one server's place in
+ * the cluster) · the AMQP side (connections, topology, outbox) · frames, values and names (pure functions).
+ */
+import { createHash, randomBytes } from "node:crypto";
+import { debuglog } from "node:util";
+import type { Channel, ChannelModel, ConfirmChannel, ConsumeMessage, Options, RecoveringChannelModel } from "amqplib";
+import { Adapter, type BroadcastFlags, type BroadcastOptions, type Room, type SocketId } from "socket.io-adapter";
+
+/** Set `NODE_DEBUG=socket.io-amqp0` to see what the adapter does. */
+const debug = debuglog("socket.io-amqp0");
+
+// ── What you call ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** What amqplib's `connect()` resolves to, recovering or not. */
+export type AmqpConnection = ChannelModel | RecoveringChannelModel;
+
+/** Which frames are kept to be sent again after a cut connection or a broker restart. */
+export interface JournalOptions {
+  /**
+   * How many bytes of frames are kept, sent or not. It also bounds what waits while the broker is away or blocked:
+   * beyond it the oldest frames are dropped, counted in `stats.lost` and reported as an `error`.
+   * @default 16_777_216 (16 MiB)
+   */
+  bytes?: number;
+  /**
+   * For how many ms a frame is kept: the longest outage that loses nothing. Give all servers the same.
+   * @default 60_000
+   */
+  ms?: number;
+}
+
+/** What a member of the cluster needs, be it a server or an emitter. */
+interface MemberOptions {
+  /**
+   * Opens a connection, as `() => connect("amqp://localhost")`. It is called for two connections per Socket.IO server
+   * (one consumes, one publishes, for RabbitMQ blocks publishers when it runs low on memory or disk), and again after a
+   * loss: at once, then after 100 ms doubling to 1 s, or to 10 s where the broker refuses. What it returns is closed by
+   * the adapter. Give it a `heartbeat` (seconds, `amqp://localhost?heartbeat=5`) to notice a dead link in twice the time.
+   */
+  amqpConnection: () => AmqpConnection | Promise<AmqpConnection>;
+  /**
+   * What the names of all exchanges and queues begin with; servers with different prefixes do not meet.
+   * @default "socket.io"
+   */
+  prefix?: string;
+  /**
+   * The largest packet, in bytes. A larger one is still delivered locally, and reported as an `error`. The broker has a
+   * limit of its own (RabbitMQ 4: `max_message_size`, 16 MiB; RabbitMQ 3: 128 MiB), which must not be smaller.
+   * @default 16_777_216 (16 MiB)
+   */
+  maxPayload?: number;
+  /** How much is kept to be sent again after an outage. */
+  journal?: JournalOptions;
+}
+
+export interface AdapterOptions extends MemberOptions {
+  /**
+   * Whether each room gets an exchange of its own, so that other AMQP clients can publish and bind to it. `false` binds
+   * the server's queue straight to the namespace's exchange: one broker operation for a first join instead of three.
+   * Servers of both kinds work together.
+   * @default true
+   */
+  roomExchanges?: boolean;
+  /**
+   * How rooms travel that are named like a socket id (20 characters of `A-Z a-z 0-9 _ -`): `"shared"` sends their
+   * packets to every server of the namespace, so that a connecting client costs the broker nothing; `"bound"` binds them
+   * like any room. Must be the same on all servers.
+   * @default "shared"
+   */
+  socketRooms?: "shared" | "bound";
+  /**
+   * How long `fetchSockets()` and `serverSideEmit()` wait for the other servers, in ms.
+   * @default 5_000
+   */
+  requestsTimeout?: number;
+  /**
+   * How often a server tells the others that it is alive, in ms.
+   * @default 5_000
+   */
+  heartbeatInterval?: number;
+  /**
+   * After how many ms of silence a server is no longer counted or waited for. One whose queue is gone (closed, killed,
+   * crashed) is noticed in milliseconds, without this.
+   * @default 10_000
+   */
+  heartbeatTimeout?: number;
+  /**
+   * Arguments for the server's queue, such as `{ "x-max-length-bytes": 1e8 }`.
+   * @default {}
+   */
+  queueArguments?: Record<string, unknown>;
+}
+
+export interface EmitterOptions extends MemberOptions {
+  /** Called with what a user should know: a lost connection, a refused permission, a packet that could not be sent. */
+  onError?: (error: Error) => void;
+}
+
+/** A snapshot of what the adapter has done. Frames and packets are the whole server's, not only this namespace's. */
+export interface AdapterStats {
+  /** Whether both connections are up. */
+  connected: boolean;
+  /** Rooms of this namespace that are bound on the broker. */
+  rooms: number;
+  framesSent: number;
+  framesReceived: number;
+  packetsSent: number;
+  packetsReceived: number;
+  /** Frames that peers sent again because this server had missed them. */
+  replayed: number;
+  /** Frames that came a second time, after an outage, and were dropped. */
+  duplicates: number;
+  /** Frames that the journal no longer held: this server's own unsent ones, and those missed of its peers. */
+  lost: number;
+  journalBytes: number;
+  /** Frames that the broker has not confirmed yet: under way, or waiting for it. */
+  unconfirmed: number;
+  reconnects: { consuming: number; publishing: number };
+  lastError: Error | undefined;
+}
+
+/**
+ * The adapter for `io.adapter(…)` or `new Server({ adapter: … })`. One result may serve several servers.
+ * @throws TypeError if an option is wrong
+ */
+export function createAdapter(options: AdapterOptions): (nsp: Namespace) => AmqpAdapter {
+  const settings = checked(options, ADAPTER_OPTIONS);
+  const members = new WeakMap<object, Member>();
+  // A function, not an arrow: Socket.IO calls it with `new`.
+  return function (nsp: Namespace): AmqpAdapter {
+    let member = members.get(nsp.server);
+    if (!member || member.closing) members.set(nsp.server, (member = new Member(settings)));
+    return new AmqpAdapter(nsp, member, settings);
+  };
+}
+
+/**
+ * Emits to the clients of a cluster from a process that is no Socket.IO server.
+ *
+ *     const emitter = createEmitter({ amqpConnection: () => connect("amqp://localhost") });
+ *     emitter.to("room42").emit("hello", "world");
+ *     await emitter.close();
+ *
+ * @throws TypeError if an option is wrong
+ */
+export function createEmitter<Events extends EventMap<Events> = AnyEvents>(options: EmitterOptions): Emitter<Events> {
+  const { onError, ...rest } = checked(options, EMITTER_OPTIONS);
+  return new Emitter<Events>(new Member({ ...ADAPTER_DEFAULTS, ...rest }, onError));
+}
+
+type Settings = Required<Omit<AdapterOptions, "journal">> & { journal: Required<JournalOptions> };
+type Expectation = [expected: string, meets: (value: unknown) => boolean];
+
+const MiB = 1024 * 1024;
+const ADAPTER_DEFAULTS = {
+  prefix: "socket.io",
+  roomExchanges: true,
+  socketRooms: "shared" as const,
+  requestsTimeout: 5_000,
+  heartbeatInterval: 5_000,
+  heartbeatTimeout: 10_000,
+  queueArguments: {},
+  maxPayload: 16 * MiB,
+  journal: { bytes: 16 * MiB, ms: 60_000 },
+};
+
+const isRecord = (value: unknown): value is Record<string, unknown> =>
+  typeof value === "object" && value !== null && !Array.isArray(value);
+const isFunction = (value: unknown): boolean => typeof value === "function";
+const positive = (value: unknown): boolean => typeof value === "number" && value > 0 && Number.isFinite(value);
+const milliseconds: Expectation = ["a positive number of ms", positive];
+const bytes: Expectation = ["a positive number of bytes", positive];
+
+const MEMBER_OPTIONS: Record<string, Expectation> = {
+  amqpConnection: ['a function that returns a connection, as () => connect("amqp://localhost")', isFunction],
+  prefix: [
+    'a string of 1 to 100 bytes without "#" that does not begin with "amq."',
+    (value) => typeof value === "string" && /^(?!amq\.)[^#]+$/.test(value) && Buffer.byteLength(value) <= 100,
+  ],
+  maxPayload: bytes,
+  journal: [
+    "{ bytes?: a positive number, ms?: a positive number }",
+    (value) =>
+      isRecord(value) &&
+      Object.entries(value).every(([key, n]) => (key === "bytes" || key === "ms") && (n === undefined || positive(n))),
+  ],
+};
+const ADAPTER_OPTIONS: Record<string, Expectation> = {
+  ...MEMBER_OPTIONS,
+  roomExchanges: ["true or false", (value) => typeof value === "boolean"],
+  socketRooms: ['"shared" or "bound"', (value) => value === "shared" || value === "bound"],
+  requestsTimeout: milliseconds,
+  heartbeatInterval: milliseconds,
+  heartbeatTimeout: milliseconds,
+  queueArguments: ["an object", isRecord],
+};
+const EMITTER_OPTIONS: Record<string, Expectation> = { ...MEMBER_OPTIONS, onError: ["a function", isFunction] };
+
+function withoutUndefined<T extends object>(options: T): T {
+  const given = { ...options };
+  for (const name in given) if (given[name] === undefined) delete given[name];
+  return given;
+}
+
+/** The options with their defaults. Throws a TypeError for the first one that is wrong. */
+function checked<T extends MemberOptions>(options: T, expectations: Record<string, Expectation>): Settings & T {
+  const refuse = (name: string, expected: string, value: unknown) => {
+    throw new TypeError(`Expected ${name} to be ${expected}, got ${Bun.inspect(value)} (${typeof value})`);
+  };
+  if (!isRecord(options)) throw refuse("the options", "an object with amqpConnection", options);
+  const given = withoutUndefined(options);
+  for (const [name, value] of [["amqpConnection", given.amqpConnection] as const, ...Object.entries(given)]) {
+    const expectation = expectations[name];
+    if (!expectation) throw refuse("the options", `of ${Object.keys(expectations).join(", ")}`, name);
+    if (!expectation[1](value)) throw refuse(name, expectation[0], value);
+  }
+  const journal = { ...ADAPTER_DEFAULTS.journal, ...withoutUndefined(given.journal ?? {}) };
+  const settings = { ...ADAPTER_DEFAULTS, ...given, journal };
+  if (settings.heartbeatTimeout <= settings.heartbeatInterval)
+    throw refuse(
+      "heartbeatTimeout",
+      `more than heartbeatInterval (${settings.heartbeatInterval})`,
+      settings.heartbeatTimeout,
+    );
+  return settings;
+}
+
+// ── The adapter ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** What the adapter uses of Socket.IO's classes, which socket.io-adapter types as `any`. */
+interface Namespace {
+  readonly name: string;
+  readonly adapter?: unknown;
+  readonly server: {
+    readonly encoder: { encode(packet: Packet): unknown[] };
+    readonly _parser: { Decoder: new (options?: object) => Decoder };
+  };
+  _onServerSideEmit(args: unknown[]): void;
+}
+interface Decoder {
+  on(event: "decoded", listener: (packet: Packet) => void): unknown;
+  add(part: unknown): void;
+  destroy(): void;
+}
+interface Socket {
+  readonly id: SocketId;
+  readonly rooms: Set<Room>;
+  readonly handshake: Record<string, unknown>;
+  readonly data: unknown;
+  readonly client: { writeToEngine(parts: unknown[], flags: object): void };
+  listenersAnyOutgoing?(): unknown[];
+  notifyOutgoingListeners?(packet: Packet): void;
+}
+interface Packet {
+  type: number;
+  nsp: string;
+  data: unknown[];
+  id?: number;
+}
+
+/** The Socket.IO protocol's type of an event, https://socket.io/docs/v4/socket-io-protocol/#packet-types */
+const EVENT = 2;
+/** Names that Socket.IO keeps for itself: a client's parser refuses the packet and closes its connection. */
+const RESERVED_EVENTS = new Set([
+  "connect",
+  "connect_error",
+  "disconnect",
+  "disconnecting",
+  "newListener",
+  "removeListener",
+]);
+
+/** The one place that reaches for a private method: only `apply` knows how `rooms` and `except` pick local sockets. */
+const apply: (this: Adapter, opts: BroadcastOptions, callback: (socket: Socket) => void) => void =
+  Adapter.prototype["apply"];
+
+/**
+ * One namespace of one server. It emits `error` (an `Error`) for what a user should know, where somebody listens: a lost
+ * connection, a refused permission, a message that could not be sent or read.
+ */
+export class AmqpAdapter extends Adapter implements Tenant {
+  declare readonly nsp: Namespace;
+  /** Resolves once connected, bound and announced; rejects if the adapter is closed before. */
+  readonly ready: Promise<void>;
+  /** @internal */
+  readonly bindings: Bindings;
+  /** @internal */
+  readonly opened = Promise.withResolvers<void>();
+  readonly #member: Member;
+  readonly #settings: Settings;
+  readonly #routes: Routes;
+  #closing: Promise<void> | undefined;
+
+  /** Made by what `createAdapter()` returns. */
+  constructor(nsp: Namespace, member: Member, settings: Settings) {
+    super(nsp);
+    this.#member = member;
+    this.#settings = settings;
+    const bound = settings.socketRooms === "bound";
+    const travels = (room: Room) => bound || !isSocketId(room);
+    this.bindings = new Bindings(
+      nsp.name,
+      member.names,
+      settings.roomExchanges,
+      () => this.rooms.keys().filter(travels),
+      (room) =>
+        !this.#closing && (room === undefined || (travels(room) && sameKey(room).some((same) => this.rooms.has(same)))),
+    );
+    this.#routes = new Routes(nsp.name, member.names, bound);
+    this.ready = this.opened.promise;
+    this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
+    // Socket.IO replaces an adapter without closing it.
+    if (nsp.adapter instanceof AmqpAdapter) void nsp.adapter.close();
+  }
+
+  get stats(): AdapterStats {
+    return { ...this.#member.stats, rooms: this.bindings.bound.size - Number(this.bindings.bound.has(EVERYONE)) };
+  }
+
+  override init(): void {
+    this.#member.join(this);
+  }
+
+  override close(): Promise<void> {
+    return (this.#closing ??= this.#member.leave(this));
+  }
+
+  override serverCount(): Promise<number> {
+    return Promise.resolve(1 + this.#member.peersOf(this.nsp.name).length);
+  }
+
+  // Rooms: what is bound on the broker follows `this.rooms`.
+
+  /** Resolves once every later emit anywhere reaches the socket; returns at once while the broker is away. */
+  override addAll(id: SocketId, rooms: Set<Room>): Promise<void> | void {
+    super.addAll(id, rooms);
+    return this.#follow(rooms);
+  }
+
+  override del(id: SocketId, room: Room): Promise<void> | void {
+    super.del(id, room);
+    return this.#follow([room]);
+  }
+
+  override delAll(id: SocketId): void {
+    const rooms = this.sids.get(id);
+    super.delAll(id);
+    if (rooms) void this.#follow(rooms);
+  }
+
+  #follow(rooms: Iterable<Room>): Promise<void> | void {
+    let pending: Promise<void>[] | undefined;
+    for (const room of rooms) {
+      const done = this.#member.topology.follow(this.bindings, room);
+      if (done) (pending ??= []).push(done);
+    }
+    if (pending) return Promise.all(pending).then(() => {});
+  }
+
+  // Packets: encoded once, delivered locally first.
+
+  override broadcast(packet: Packet, opts: BroadcastOptions): void {
+    packet.nsp = this.nsp.name;
+    const parts = this.nsp.server.encoder.encode(packet);
+    this.#write(this.#sockets(opts), [parts], opts.flags, packet);
+    if (!opts.flags?.local && !this.#closing) this.#member.outbox.add(this.#routes.packets(opts), parts);
+  }
+
+  /** @internal Packets of one frame: encoded by the peer, handed to the local sockets as they are. */
+  onPackets({ opts }: PacketsHead, frame: Frame): void {
+    const sockets = this.#sockets(opts);
+    if (sockets.length > 0) this.#write(sockets, packetsOf(frame), opts.flags);
+  }
+
+  #sockets(opts: BroadcastOptions): Socket[] {
+    const sockets: Socket[] = [];
+    apply.call(this, opts, (socket) => sockets.push(socket));
+    return sockets;
+  }
+
+  #write(sockets: Socket[], packets: unknown[][], flags: BroadcastFlags = {}, decoded?: Packet): void {
+    if (sockets.length === 0) return;
+    const options = { preEncoded: true, volatile: flags.volatile, compress: flags.compress };
+    for (const parts of packets) {
+      let packet = decoded;
+      for (const socket of sockets) {
+        if (socket.listenersAnyOutgoing?.().length) socket.notifyOutgoingListeners?.((packet ??= this.#decode(parts)));
+        socket.client.writeToEngine(parts, options);
+      }
+    }
+  }
+
+  #decode(parts: unknown[]): Packet {
+    const decoder = new this.nsp.server._parser.Decoder({ maxAttachments: Infinity });
+    let packet: Packet | undefined;
+    decoder.on("decoded", (decoded) => (packet = decoded));
+    for (const part of parts) decoder.add(part);
+    decoder.destroy();
+    if (!packet) throw new FrameError(`a packet of ${parts.length} parts that the parser does not understand`);
+    return packet;
+  }
+
+  override broadcastWithAck(
+    packet: Packet,
+    opts: BroadcastOptions,
+    clientCountCallback: (clientCount: number) => void,
+    ack: (...args: unknown[]) => void,
+  ): void {
+    const peers = this.#member.peersOf(this.nsp.name);
+    if (opts.flags?.local || this.#closing) {
+      for (const _ of peers) clientCountCallback(0); // the caller waits for one count per server
+    } else {
+      // A peer is counted when the last of its clients has answered or when it is gone, so a dead one is not waited for.
+      const clients = new Map(peers.map((uid) => [uid, { count: Infinity, acks: 0 }]));
+      const { id } = this.#member.request(peers, opts.flags?.timeout ?? this.#settings.requestsTimeout, {
+        take: (message, uid) => {
+          const peer = clients.get(uid);
+          if (!peer) return false;
+          if (message.type === "clients") peer.count = message.count;
+          if (message.type === "ack") {
+            peer.acks++;
+            ack(message.value);
+          }
+          return peer.acks >= peer.count;
+        },
+        done: (uid) => clientCountCallback(clients.get(uid)?.acks ?? 0),
+      });
+      this.#send({ type: "broadcast", id, opts: toWire(opts), data: packet.data });
+    }
+    super.broadcastWithAck(packet, opts, clientCountCallback, ack);
+  }
+
+  // Sockets and servers: local first, then a message to the servers that hold the rooms, or to all.
+
+  override addSockets(opts: BroadcastOptions, rooms: Room[]): void {
+    super.addSockets(opts, rooms);
+    if (!opts.flags?.local) this.#send({ type: "join", opts: toWire(opts), rooms });
+  }
+
+  override delSockets(opts: BroadcastOptions, rooms: Room[]): void {
+    super.delSockets(opts, rooms);
+    if (!opts.flags?.local) this.#send({ type: "leave", opts: toWire(opts), rooms });
+  }
+
+  override disconnectSockets(opts: BroadcastOptions, close: boolean): void {
+    super.disconnectSockets(opts, close);
+    if (!opts.flags?.local) this.#send({ type: "disconnect", opts: toWire(opts), close });
+  }
+
+  override async fetchSockets(opts: BroadcastOptions): Promise<unknown[]> {
+    const sockets: unknown[] = this.#sockets(opts);
+    const peers = opts.flags?.local ? [] : this.#member.peersOf(this.nsp.name);
+    const { id, answered } = this.#member.request(peers, opts.flags?.timeout ?? this.#settings.requestsTimeout, {
+      take: (message) => {
+        if (message.type !== "sockets") return false;
+        sockets.push(...message.sockets);
+        return true;
+      },
+    });
+    if (peers.length > 0) this.#send({ type: "fetch", id, opts: toWire(opts) });
+    const missing = await answered;
+    if (missing > 0) throw new Error(`fetchSockets: ${missing} of ${peers.length} servers did not answer in time`);
+    return sockets;
+  }
+
+  override serverSideEmit(args: unknown[]): void {
+    const callback = args.at(-1);
+    if (typeof callback !== "function") return this.#send({ type: "emit", id: undefined, args });
+    const peers = this.#member.peersOf(this.nsp.name);
+    const answers: unknown[] = [];
+    const { id, answered } = this.#member.request(peers, this.#settings.requestsTimeout, {
+      take: (message) => {
+        if (message.type !== "answer") return false;
+        answers.push(message.value);
+        return true;
+      },
+    });
+    if (peers.length > 0) this.#send({ type: "emit", id, args: args.slice(0, -1) });
+    void answered.then((missing) => {
+      if (missing === 0) return callback(null, answers);
+      callback(new Error(`serverSideEmit: ${missing} of ${peers.length} servers did not answer in time`), answers);
+    });
+  }
+
+  #send(message: Message): void {
+    if (!this.#closing) this.#member.outbox.add(this.#routes.message(message), encodeValue(message));
+  }
+
+  /** @internal A message of a peer, an emitter or a foreign client. */
+  onMessage(message: Message, from: string): void {
+    const answer = (value: Answer) => this.#member.outbox.add(this.#routes.direct(from), encodeValue(value));
+    switch (message.type) {
+      case "packet":
+        return super.broadcast(
+          { type: EVENT, nsp: this.nsp.name, data: eventOf(message.data) },
+          fromWire(message.opts),
+        );
+      case "join":
+        return super.addSockets(fromWire(message.opts), message.rooms);
+      case "leave":
+        return super.delSockets(fromWire(message.opts), message.rooms);
+      case "disconnect":
+        return super.disconnectSockets(fromWire(message.opts), message.close);
+      case "emit": {
+        if (message.id === undefined) return this.nsp._onServerSideEmit(message.args);
+        const { id } = message;
+        let answered = false;
+        const callback = (value: unknown) => {
+          if (!answered) answer({ type: "answer", id, value });
+          answered = true;
+        };
+        return this.nsp._onServerSideEmit([...message.args, callback]);
+      }
+      case "fetch": {
+        const sockets = this.#sockets(fromWire(message.opts)).map((socket) => this.#details(socket));
+        return answer({ type: "sockets", id: message.id, sockets });
+      }
+      case "broadcast":
+        return super.broadcastWithAck(
+          { type: EVENT, nsp: this.nsp.name, data: eventOf(message.data) },
+          fromWire(message.opts),
+          (count) => answer({ type: "clients", id: message.id, count }),
+          (value: unknown) => answer({ type: "ack", id: message.id, value }),
+        );
+      default:
+        this.#member.answer(message, from);
+    }
+  }
+
+  /** What a peer learns of a local socket. Data that cannot be sent is left out and reported. */
+  #details({ id, handshake, rooms, data }: Socket): unknown {
+    const { sessionStore: _, ...rest } = handshake; // may hold circular references
+    const details = { id, handshake: rest, rooms: [...rooms], data };
+    try {
+      encodeValue(details);
+      return details;
+    } catch (error) {
+      this.report(new Error(`The data of socket ${id} cannot be sent to another server: ${asError(error).message}`));
+      return { id, handshake: { headers: {}, query: {}, auth: {} }, rooms: [...rooms], data: {} };
+    }
+  }
+
+  /** @internal */
+  report(error: Error): void {
+    // In a turn of its own: a listener that throws must not break what is reported on.
+    if (this.listenerCount("error") > 0) queueMicrotask(() => this.emit("error", error));
+  }
+}
+
+/** An event from elsewhere, or a FrameError where the clients' parsers would refuse it and drop their connections. */
+function eventOf(data: unknown[]): unknown[] {
+  if (typeof data[0] === "string" && !RESERVED_EVENTS.has(data[0])) return data;
+  throw new FrameError(`an event named ${JSON.stringify(data[0])}; expected a string that is not reserved`);
+}
+
+// ── The emitter ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** The events of an emitter: an interface or type whose members are functions. */
+export type EventMap<T> = { [K in keyof T]: (...args: never[]) => void };
+type AnyEvents = Record<string, (...args: unknown[]) => void>;
+type Rooms = Room | Room[];
+
+/** Made by `createEmitter()`. `of()`, `to()`, `except()` and the flags return a new one; all share the connections. */
+export class Emitter<Events extends EventMap<Events> = AnyEvents> {
+  readonly #member: Member;
+  readonly #routes: Routes;
+  readonly #opts: Required<BroadcastOptions>;
+
+  /** Made by `createEmitter()`. */
+  constructor(
+    member: Member,
+    nsp = "/",
+    opts: Required<BroadcastOptions> = { rooms: new Set(), except: new Set(), flags: {} },
+  ) {
+    this.#member = member;
+    this.#routes = new Routes(nsp, member.names, false);
+    this.#opts = opts;
+    if (!member.started) member.start();
+  }
+
+  /** Resolves once connected; rejects if the emitter is closed before. */
+  get ready(): Promise<void> {
+    return this.#member.opened.promise;
+  }
+
+  /** An emitter for another namespace. */
+  of(nsp: string): Emitter<Events> {
+    return new Emitter<Events>(this.#member, nsp.startsWith("/") ? nsp : `/${nsp}`);
+  }
+
+  /** Adds rooms; a client in several of them gets the packet once. */
+  to(rooms: Rooms): Emitter<Events> {
+    return this.#with({ rooms: new Set([...this.#opts.rooms, ...[rooms].flat()]) });
+  }
+
+  /** The same as `to()`. */
+  in(rooms: Rooms): Emitter<Events> {
+    return this.to(rooms);
+  }
+
+  /** Leaves out the clients of these rooms. */
+  except(rooms: Rooms): Emitter<Events> {
+    return this.#with({ except: new Set([...this.#opts.except, ...[rooms].flat()]) });
+  }
+
+  /** Packets that may be dropped: where a client is not ready for them, and while the broker is away. */
+  get volatile(): Emitter<Events> {
+    return this.#with({ flags: { ...this.#opts.flags, volatile: true } });
+  }
+
+  /** Whether to compress what is sent to the clients. */
+  compress(compress: boolean): Emitter<Events> {
+    return this.#with({ flags: { ...this.#opts.flags, compress } });
+  }
+
+  /**
+   * Emits to the clients.
+   * @throws Error if the event's name is reserved, TypeError if an argument cannot be encoded as JSON with binary
+   */
+  emit<Name extends keyof Events & string>(name: Name, ...args: Parameters<Events[Name]>): true {
+    if (RESERVED_EVENTS.has(name)) throw new Error(`"${name}" is a reserved event name`);
+    return this.#send({ type: "packet", opts: toWire(this.#opts), data: [name, ...args] });
+  }
+
+  socketsJoin(rooms: Rooms): void {
+    this.#send({ type: "join", opts: toWire(this.#opts), rooms: [rooms].flat() });
+  }
+
+  socketsLeave(rooms: Rooms): void {
+    this.#send({ type: "leave", opts: toWire(this.#opts), rooms: [rooms].flat() });
+  }
+
+  /** Disconnects the matching sockets; with `close`, their underlying connections as well. */
+  disconnectSockets(close = false): void {
+    this.#send({ type: "disconnect", opts: toWire(this.#opts), close });
+  }
+
+  /** Emits to the servers themselves: `io.on(name, …)`. There are no answers. */
+  serverSideEmit(name: string, ...args: unknown[]): void {
+    if (typeof args.at(-1) === "function")
+      throw new TypeError("An emitter cannot wait for answers; leave out the callback");
+    this.#send({ type: "emit", id: undefined, args: [name, ...args] });
+  }
+
+  /** Resolves when the broker has confirmed everything; rejects if it has not within 5 s. Closes all of its kind. */
+  async close(): Promise<void> {
+    await this.#member.close(5_000);
+  }
+
+  #with(opts: Partial<Required<BroadcastOptions>>): Emitter<Events> {
+    return new Emitter<Events>(this.#member, this.#routes.nsp, { ...this.#opts, ...opts });
+  }
+
+  #send(message: Message): true {
+    if (this.#member.closing) throw new Error("The emitter is closed");
+    this.#member.outbox.add(this.#routes.message(message), encodeValue(message));
+    return true;
+  }
+}
+
+// ── The member: one server's (or emitter's) place in the cluster ─────────────────────────────────────────────────────
+
+/** A namespace of this server, as its member sees it. */
+interface Tenant {
+  readonly nsp: { readonly name: string };
+  readonly bindings: Bindings;
+  /** Settled when the namespace is bound and announced, or closed. */
+  readonly opened: PromiseWithResolvers<void>;
+  onPackets(head: PacketsHead, frame: Frame): void;
+  onMessage(message: Message, from: string): void;
+  report(error: Error): void;
+}
+
+/** Another server or emitter that has been heard of. */
+interface Peer {
+  readonly uid: string;
+  /** The number of the last frame taken; NaN until one is. */
+  last: number;
+  /** When it was last heard (ms, monotonic). */
+  seen: number;
+  /** What it has open; undefined until it has said so, and once its queue is gone. */
+  namespaces: Set<string> | undefined;
+  /** How often that had changed. */
+  revision: number;
+  /** Set while frames may be missing, until the peer has sent them again. */
+  gap: Gap | undefined;
+}
+
+/** What is asked of a peer after a gap, and what waits until it has answered. */
+interface Gap {
+  readonly id: number;
+  /** A frame number that contradicts `last`: the peer knows whether it came late or `last` was forged. */
+  doubt: number | undefined;
+  /** Frames that came in the meantime, in order. */
+  readonly held: Frame[];
+  heldBytes: number;
+  /** When the first of them came. */
+  heldSince: number | undefined;
+  askAt: number;
+}
+
+/** A request under way. */
+interface Asked {
+  readonly id: number;
+  /** Resolves with the number of peers that have not answered. */
+  readonly answered: Promise<number>;
+}
+
+interface Request {
+  readonly missing: Set<string>;
+  /** Takes an answer; true once that peer has said all. */
+  readonly take: (message: Answer, from: string) => boolean;
+  /** A peer has said all, or is gone. */
+  readonly done?: ((uid: string) => void) | undefined;
+  readonly end: (missing: number) => void;
+}
+
+/** How often peers that owe an answer are asked whether they are there, in ms. */
+const PROBE_INTERVAL = 100;
+/** After how many ms a peer is asked again for what was missed. */
+const ASK_AGAIN = 500;
+/** How many replayed frames may be unconfirmed. */
+const REPLAY_WINDOW = 64;
+/** Added to the time for which this server was deaf, for what was under way (ms). */
+const DEAF_SLACK = 2_000;
+/** How many strangers are remembered at most, so that forged ids cannot fill the memory. */
+const MAX_PEERS = 10_000;
+
+/** Owns the connections, the queue and the numbers that a server shares between all its namespaces. */
+class Member {
+  readonly uid = randomBytes(6).toString("base64url"); // 8 characters: what a frame's header has room for
+  readonly names: Names;
+  readonly outbox: Outbox;
+  readonly topology = new Topology();
+  /** Connected, bound and announced for the first time. */
+  readonly opened = Promise.withResolvers<void>();
+  started = false;
+  closing: Promise<void> | undefined;
+  readonly #root: string;
+  readonly #tenants = new Map<string, Tenant>();
+  readonly #peers = new Map<string, Peer>();
+  readonly #requests = new Map<number, Request>();
+  /** The question that each peer is being answered. */
+  readonly #answering = new Map<string, number>();
+  /** Senders whose version has been reported. */
+  readonly #unreadable = new Set<string>();
+  readonly #consuming: Link;
+  readonly #publishing: Link;
+  /** The queue's. */
+  #channel: Channel | undefined;
+  #ids = 0;
+  /** How often the queue was made, and the set of namespaces changed. */
+  #generation = 0;
+  #revision = 0;
+  #announcement: Promise<void> | undefined;
+  #unannounced = false;
+  /** When the queue last delivered something (ms, monotonic); NaN before the first connection. */
+  #heard = NaN;
+  /** Since when what was sent to this server may be missing, and when it was back; until the journals are past that. */
+  #deaf: { since: number; until: number } | undefined;
+  #heartbeat: Timeout | undefined;
+  #probing: Timeout | undefined;
+  #asking: Timeout | undefined;
+  #counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0 };
+  #missed = 0;
+  #lastError: Error | undefined;
+
+  constructor(
+    readonly settings: Settings,
+    readonly onError?: (error: Error) => void,
+  ) {
+    this.names = new Names(settings.prefix);
+    this.#root = this.names.exchange("/");
+    this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
+    const report = (error: Error) => this.#report(error);
+    this.outbox = new Outbox(this.uid, this.#root, settings, {
+      report,
+      unreachable: (uid) => this.#unreachable(uid),
+    });
+    const settled = () => {
+      void this.#announce();
+      this.#ask();
+    };
+    this.#consuming = new Link("consuming", settings.amqpConnection, report, {
+      up: (model, lose) => this.#consume(model, lose),
+      settled,
+      down: () => {
+        this.topology.down(this.#allBindings());
+        discard(this.#channel);
+      },
+    });
+    this.#publishing = new Link("publishing", settings.amqpConnection, report, {
+      up: (model, lose) => this.outbox.up(model, lose),
+      settled,
+      down: (error) => this.outbox.down(error),
+    });
+  }
+
+  get stats(): Omit<AdapterStats, "rooms"> {
+    const reconnects = (link: Link) => Math.max(0, link.connects - 1);
+    return {
+      connected: this.#consuming.connected && this.#publishing.connected,
+      ...this.#counts,
+      ...this.outbox.stats,
+      lost: this.#missed + this.outbox.dropped,
+      reconnects: { consuming: reconnects(this.#consuming), publishing: reconnects(this.#publishing) },
+      lastError: this.#lastError,
+    };
+  }
+
+  start(): void {
+    this.started = true;
+    this.#consuming.start();
+    this.#publishing.start();
+    this.#heartbeat = setInterval(() => this.#beat(), this.settings.heartbeatInterval);
+  }
+
+  /** A namespace opens. The first one starts the connections. */
+  join(tenant: Tenant): void {
+    this.#tenants.set(tenant.nsp.name, tenant);
+    this.#revision++;
+    if (!this.started) return this.start();
+    void this.topology.follow(tenant.bindings, undefined)?.then(() => this.#announce());
+  }
+
+  /** A namespace closes. The last one closes the connections. */
+  async leave(tenant: Tenant): Promise<void> {
+    const { name } = tenant.nsp;
+    tenant.opened.reject(new Error(`The adapter of ${name} was closed before it was ready`));
+    if (this.#tenants.get(name) !== tenant) return; // it has been replaced
+    if (this.#tenants.size === 1) {
+      const patience = this.#publishing.connected ? this.settings.requestsTimeout : 0;
+      await this.close(patience).catch((error) => this.#report(asError(error)));
+      this.#tenants.delete(name);
+      return;
+    }
+    this.#tenants.delete(name);
+    this.#revision++;
+    await this.#announce();
+    // What is under way needs the exchange, which goes with the last binding.
+    if (this.outbox.connected) await this.outbox.confirmed(this.settings.requestsTimeout);
+    const rooms = [...tenant.bindings.rooms()];
+    await Promise.all([undefined, ...rooms].map((room) => this.topology.follow(tenant.bindings, room)));
+  }
+
+  /** Waits up to `ms` for the broker to confirm what was sent; rejects if it has not. Leaves nothing on the broker. */
+  close(ms: number): Promise<void> {
+    return (this.closing ??= this.#close(ms));
+  }
+
+  async #close(ms: number): Promise<void> {
+    for (const timer of [this.#heartbeat, this.#probing, this.#asking]) clearInterval(timer);
+    for (const request of [...this.#requests.values()]) request.end(request.missing.size);
+    this.topology.down(this.#allBindings());
+    try {
+      await this.outbox.close(ms);
+    } finally {
+      await this.#consuming.close(); // its queue, and with it all bindings
+      if (this.#tenants.size === 0) await this.outbox.withdraw();
+      await this.#publishing.close();
+      this.opened.reject(new Error("Closed before it was ready"));
+    }
+  }
+
+  #allBindings(): Bindings[] {
+    return [...this.#tenants.values()].map((tenant) => tenant.bindings);
+  }
+
+  #report(error: Error): void {
+    this.#lastError = error;
+    debug("[%s] %s", this.uid, error.message);
+    this.onError?.(error);
+    for (const tenant of this.#tenants.values()) tenant.report(error);
+  }
+
+  // What the queue delivers.
+
+  /** Everything that the consuming connection needs, at the start and after each loss. */
+  async #consume(model: AmqpConnection, lose: Lose): Promise<void> {
+    const channel = (this.#channel = watched(await model.createChannel(), lose));
+    // A new name each time: after a half-open link the broker may still hold the old queue.
+    const queue = this.names.queue(this.uid, ++this.#generation);
+    // Auto-delete as well: a connection that others use stays open when this server closes.
+    const options = { exclusive: true, autoDelete: true, durable: false, arguments: this.settings.queueArguments };
+    await channel.assertQueue(queue, options);
+    if (!Number.isNaN(this.#heard)) {
+      this.#deaf = { since: this.#deaf?.since ?? this.#heard, until: Infinity };
+      for (const peer of this.#peers.values()) this.#miss(peer);
+    }
+    const receive = (message: ConsumeMessage | null) =>
+      message ? this.#receive(message) : lose(new Error(`The queue ${queue} was deleted`));
+    await channel.consume(queue, receive, { noAck: true });
+    const keys = [ALL_SERVERS, `${ALL_SERVERS}${this.uid}`];
+    await this.topology.up(model, queue, lose, this.#root, keys, () => this.#allBindings());
+    this.#heard = performance.now();
+    if (this.#deaf) this.#deaf.until = this.#heard;
+  }
+
+  #receive({ content, fields, properties }: ConsumeMessage): void {
+    this.#heard = performance.now();
+    try {
+      const { maxPayload } = this.settings;
+      if (content.length > maxPayload)
+        throw new FrameError(`a message of ${content.length} bytes; maxPayload is ${maxPayload} bytes`);
+      if (properties.contentType === "application/json") this.#onForeign(content, fields, properties.headers?.CC);
+      else this.#onFrame(readFrame(content));
+    } catch (error) {
+      this.#reportUnreadable(asError(error), `exchange ${fields.exchange}, routing key ${fields.routingKey}`);
+    }
+  }
+
+  #reportUnreadable(error: Error, source: string): void {
+    if (error instanceof UnknownVersion) {
+      if (this.#unreadable.has(error.sender) || this.#unreadable.size >= MAX_PEERS) return;
+      this.#unreadable.add(error.sender);
+    }
+    const what = error instanceof FrameError ? "Dropped" : "Failed to handle a message:";
+    this.#report(new Error(`${what} ${error.message} (${source})`, { cause: error }));
+  }
+
+  /** An event from any AMQP client: the routing keys, or the room's exchange, name the rooms. */
+  #onForeign(content: Buffer, { exchange, routingKey }: ConsumeMessage["fields"], cc: unknown): void {
+    const data = parseJson(content.toString());
+    if (!Array.isArray(data)) throw new FrameError("application/json that is no array; expected [event, ...arguments]");
+    const keys = [routingKey, ...(Array.isArray(cc) ? cc.map(String) : [])];
+    for (const tenant of this.#tenants.values()) {
+      const rooms = tenant.bindings.roomsOf(exchange, keys);
+      if (rooms) return tenant.onMessage({ type: "packet", opts: { rooms, except: [], flags: {} }, data }, "");
+    }
+  }
+
+  #onFrame(frame: Frame): void {
+    if (frame.sender === this.uid) return;
+    const peer = this.#peer(frame.sender);
+    peer.seen = this.#heard;
+    if (frame.kind === Kind.Control) return this.#onControl(peer, frame);
+    const { gap } = peer;
+    if (!gap) return this.#take(peer, frame);
+    gap.held.push(frame);
+    gap.heldBytes += frame.body.length;
+    gap.heldSince ??= this.#heard;
+    if (gap.heldBytes > this.settings.journal.bytes)
+      this.#resume(peer, "sent more than the journal holds before it answered");
+  }
+
+  /** Takes the peer's next frame: numbers grow, and what has been seen is dropped. */
+  #take(peer: Peer, frame: Frame): void {
+    if (frame.number <= peer.last) {
+      this.#counts.duplicates++;
+      // Sent once, yet not newer: it came late over an old connection, or somebody forged `last`. The peer knows.
+      if (!frame.again) this.#miss(peer, frame.number);
+      return;
+    }
+    peer.last = frame.number;
+    this.#counts.framesReceived++;
+    this.#counts.packetsReceived += frame.packets;
+    if (frame.kind === Kind.Packets) {
+      const head = packetsHead(frame.head);
+      this.#tenants.get(head.nsp)?.onPackets(head, frame);
+      return;
+    }
+    const tenant = this.#tenants.get(frame.head);
+    if (tenant) for (const parts of packetsOf(frame)) tenant.onMessage(asMessage(decodeValue(parts)), frame.sender);
+  }
+
+  // Peers: who is there, and with which namespaces.
+
+  /** The servers that have a namespace open, this one not counted. */
+  peersOf(nsp: string): string[] {
+    const uids: string[] = [];
+    for (const peer of this.#peers.values()) if (peer.namespaces?.has(nsp)) uids.push(peer.uid);
+    return uids;
+  }
+
+  #peer(uid: string): Peer {
+    let peer = this.#peers.get(uid);
+    if (!peer) {
+      if (this.#peers.size >= MAX_PEERS) this.#forgetStranger();
+      peer = { uid, last: NaN, seen: this.#heard, namespaces: undefined, revision: -1, gap: undefined };
+      this.#peers.set(uid, peer);
+      if (this.#deaf) this.#miss(peer); // it may have come while this server was deaf
+    }
+    return peer;
+  }
+
+  #forgetStranger(): void {
+    for (const peer of this.#peers.values()) if (!peer.namespaces) return void this.#peers.delete(peer.uid);
+  }
+
+  /** Tells everyone who is here with what. One telling at a time: what changes meanwhile goes with the next. */
+  #announce(): Promise<void> {
+    this.#unannounced = true;
+    this.#announcement ??= this.#tellAll().finally(() => (this.#announcement = undefined));
+    return this.#announcement;
+  }
+
+  async #tellAll(): Promise<void> {
+    while (this.#unannounced && this.#consuming.connected && this.outbox.connected && !this.closing) {
+      this.#unannounced = false;
+      const bound = [...this.#tenants.values()].filter((tenant) => tenant.bindings.bound.has(EVERYONE));
+      if (!(await this.outbox.control(ALL_SERVERS, this.#hello(true)))) return; // lost; the next connection announces
+      for (const { opened } of [...bound, this]) opened.resolve();
+    }
+  }
+
+  #hello(reply: boolean): Control {
+    return { type: "hello", namespaces: [...this.#tenants.keys()], revision: this.#revision, reply };
+  }
+
+  #tell(uid: string, control: Control, attachment?: Buffer): Promise<boolean> {
+    return this.outbox.control(`${ALL_SERVERS}${uid}`, control, attachment);
+  }
+
+  #beat(): void {
+    const now = performance.now();
+    const { heartbeatTimeout, journal } = this.settings;
+    this.outbox.evict();
+    if (this.#deaf && now - this.#deaf.until > journal.ms) this.#deaf = undefined;
+    // While this server is deaf itself, silence says nothing.
+    for (const peer of this.#consuming.connected ? this.#peers.values() : []) {
+      const silence = now - Math.max(peer.seen, this.#deaf?.until ?? 0);
+      if (peer.namespaces && silence > heartbeatTimeout) this.#gone(peer);
+      // Kept longer than its journal lasts, for it may come back and send again what has been seen.
+      if (silence > heartbeatTimeout + journal.ms) this.#peers.delete(peer.uid);
+    }
+    const position = this.outbox.position;
+    if (position !== undefined)
+      void this.outbox.control(ALL_SERVERS, { type: "beat", revision: this.#revision, position });
+  }
+
+  #onControl(peer: Peer, frame: Frame): void {
+    const [json, attachment] = packetsOf(frame)[0] ?? [];
+    const control = asControl(parseJson(json));
+    switch (control.type) {
+      case "hello":
+        peer.namespaces = new Set(control.namespaces);
+        peer.revision = control.revision;
+        if (control.reply) void this.#tell(peer.uid, this.#hello(false));
+        if (peer.gap) peer.gap.askAt = 0;
+        return this.#ask();
+      case "beat":
+        if (!peer.namespaces || peer.revision !== control.revision) void this.#tell(peer.uid, this.#hello(true));
+        if (peer.gap) return;
+        if (control.position < peer.last) return this.#miss(peer, control.position + 1);
+        peer.last = control.position; // it comes behind all of them
+        return;
+      case "bye":
+        this.#gone(peer);
+        return this.#resume(peer);
+      case "ping":
+        return;
+      case "missing":
+        if (this.#peers.get(control.uid)?.namespaces) void this.#tell(control.uid, { type: "ping" });
+        return;
+      case "ask":
+        return void this.#answer(peer.uid, control);
+    }
+    if (peer.gap?.id !== control.id) return; // the answer to an earlier question
+    switch (control.type) {
+      case "begin":
+        peer.last = control.from - 1;
+        peer.gap.doubt = undefined;
+        if (control.lost > 0) this.#lost(peer, control.lost);
+        return;
+      case "again":
+        if (attachment instanceof Buffer) this.#takeAgain(peer, readFrame(attachment));
+        return;
+      case "end":
+        return this.#resume(peer);
+    }
+  }
+
+  /** Its queue is gone: nobody waits for it, until it says hello. */
+  #unreachable(uid: string): void {
+    this.#answering.delete(uid);
+    const peer = this.#peers.get(uid);
+    // Right after an outage its queue may just not be back yet.
+    const upSince = Math.max(this.#consuming.upSince ?? Infinity, this.#publishing.upSince ?? Infinity);
+    if (!peer?.namespaces || performance.now() - upSince < 2 * BACKOFF.limit) return;
+    this.#gone(peer);
+    void this.outbox.control(ALL_SERVERS, { type: "missing", uid });
+  }
+
+  #gone(peer: Peer): void {
+    peer.namespaces = undefined;
+    for (const request of [...this.#requests.values()]) this.#finish(request, peer.uid);
+  }
+
+  // Requests: a question to peers, and who has not answered yet.
+
+  /** Ends when each of `peers` has said all or is gone, or after `ms`: `answered` resolves with how many are missing. */
+  request(peers: string[], ms: number, { take, done }: Pick<Request, "take" | "done">): Asked {
+    const id = ++this.#ids;
+    const { promise: answered, resolve } = Promise.withResolvers<number>();
+    const end = (missing: number) => {
+      clearTimeout(timer);
+      this.#requests.delete(id);
+      resolve(missing);
+    };
+    const request: Request = { missing: new Set(peers), take, done, end };
+    const timer = setTimeout(() => end(request.missing.size), ms);
+    this.#requests.set(id, request);
+    if (peers.length === 0 || this.closing) end(peers.length);
+    else this.#probing ??= setInterval(() => this.#probe(), PROBE_INTERVAL);
+    return { id, answered };
+  }
+
+  answer(message: Answer, from: string): void {
+    const request = this.#requests.get(message.id);
+    if (request?.missing.has(from) && request.take(message, from)) this.#finish(request, from);
+  }
+
+  #finish(request: Request, uid: string): void {
+    if (!request.missing.delete(uid)) return;
+    request.done?.(uid);
+    if (request.missing.size === 0) request.end(0);
+  }
+
+  /** The broker returns what is sent to a queue that no longer exists. */
+  #probe(): void {
+    const owing = new Set([...this.#requests.values()].flatMap((request) => [...request.missing]));
+    for (const uid of owing) void this.#tell(uid, { type: "ping" });
+    if (this.#requests.size > 0) return;
+    clearInterval(this.#probing);
+    this.#probing = undefined;
+  }
+
+  // Gaps: after an outage each peer is asked for what it sent meanwhile; until it has answered, its newer frames wait.
+
+  /** Something of this peer's may be missing. */
+  #miss(peer: Peer, doubt?: number): void {
+    const { held = [], heldBytes = 0, heldSince } = peer.gap ?? {};
+    peer.gap = { id: ++this.#ids, doubt, held, heldBytes, heldSince, askAt: 0 };
+    this.#ask();
+  }
+
+  /** Asks each peer that has a gap, again and again: its queue may not be back yet either. */
+  #ask(): void {
+    if (!this.#consuming.connected || this.closing) return;
+    const now = performance.now();
+    const { heartbeatTimeout } = this.settings;
+    let open = false;
+    for (const peer of this.#peers.values()) {
+      const { gap } = peer;
+      if (!gap) continue;
+      if (now - (gap.heldSince ?? now) > heartbeatTimeout) {
+        this.#resume(peer, `did not say for ${heartbeatTimeout} ms what it has sent`);
+        continue;
+      }
+      open = true;
+      if (now < gap.askAt) continue;
+      gap.askAt = now + ASK_AGAIN;
+      const last = Number.isNaN(peer.last) ? undefined : peer.last;
+      const deaf = now - (this.#deaf?.since ?? now) + DEAF_SLACK;
+      void this.#tell(peer.uid, { type: "ask", id: gap.id, last, doubt: gap.doubt, deaf });
+    }
+    if (open) this.#asking ??= setInterval(() => this.#ask(), ASK_AGAIN);
+    else {
+      clearInterval(this.#asking);
+      this.#asking = undefined;
+    }
+  }
+
+  /** Sends a peer what it has missed: straight to its queue, in order, a few frames at a time. */
+  async #answer(uid: string, { id, last, doubt, deaf }: Control & { type: "ask" }): Promise<void> {
+    if (this.#answering.get(uid) === id) return; // asked again meanwhile
+    this.#answering.set(uid, id);
+    const { from, lost, bodies } = this.outbox.since(uid, last, doubt, deaf);
+    let confirmed = this.#tell(uid, { type: "begin", id, from, lost });
+    for (const [index, body] of bodies.entries()) {
+      confirmed = this.#tell(uid, { type: "again", id }, body);
+      if (index % REPLAY_WINDOW === 0 && !(await confirmed)) break;
+      if (this.#answering.get(uid) !== id) return; // it has asked anew, or is gone
+    }
+    if (await confirmed) void this.#tell(uid, { type: "end", id });
+    if (this.#answering.get(uid) === id) this.#answering.delete(uid);
+  }
+
+  #takeAgain(peer: Peer, frame: Frame): void {
+    if (frame.sender !== peer.uid || frame.kind === Kind.Control)
+      throw new FrameError("a replay of somebody else's frame");
+    if (frame.number > peer.last) this.#counts.replayed++;
+    frame.again = true;
+    this.#take(peer, frame);
+  }
+
+  /** The gap is closed, or given up: what waited comes next. */
+  #resume(peer: Peer, failure?: string): void {
+    const { gap } = peer;
+    if (!gap) return;
+    peer.gap = undefined;
+    if (failure)
+      this.#report(new Error(`Peer ${peer.uid} ${failure}: frames of it after number ${peer.last} may be lost`));
+    for (const frame of gap.held) {
+      frame.again = true; // the peer has just said where it stands: what is not newer is no riddle
+      try {
+        this.#take(peer, frame);
+      } catch (error) {
+        this.#reportUnreadable(asError(error), `peer ${peer.uid}`);
+      }
+    }
+  }
+
+  #lost(peer: Peer, frames: number): void {
+    this.#missed += frames;
+    this.#report(new Error(`Lost ${frames} frames of peer ${peer.uid}: its journal no longer held them`));
+  }
+}
+
+// ── Connections ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+interface LinkEvents {
+  /** Everything that has to be done on a new connection, at the start and after each loss. */
+  up(model: AmqpConnection, lose: Lose): Promise<void>;
+  /** It has been done: the link is connected. */
+  settled(): void;
+  down(error: Error): void;
+}
+type Lose = (error: Error) => void;
+type Timeout = ReturnType<typeof setTimeout>;
+
+/** Delays between attempts, in ms: doubled up to the limit, with jitter. */
+const BACKOFF = { first: 100, limit: 1_000, refused: 10_000 };
+/** A connection that has lasted this long (ms) starts the back-off anew. */
+const STABLE = 5_000;
+
+/** How many links use a connection: a user's function may return the same one every time. */
+const users = new WeakMap<AmqpConnection, number>();
+
+/** Keeps one connection up until it is closed. */
+class Link {
+  /** Since when the connection is up (ms, monotonic); undefined while it is not. */
+  upSince: number | undefined;
+  /** How often it has come up. */
+  connects = 0;
+  #closed = false;
+  #wake: (() => void) | undefined;
+  #lose: Lose | undefined;
+  #running: Promise<void> | undefined;
+
+  constructor(
+    readonly name: string,
+    readonly connect: () => AmqpConnection | Promise<AmqpConnection>,
+    readonly report: (error: Error) => void,
+    readonly events: LinkEvents,
+  ) {}
+
+  get connected(): boolean {
+    return this.upSince !== undefined;
+  }
+
+  start(): void {
+    this.#running = this.#run();
+  }
+
+  async close(): Promise<void> {
+    this.#closed = true;
+    this.#wake?.();
+    this.#lose?.(new Error("closed"));
+    // Without #lose it is still connecting, which nobody can abort: what comes of it is closed then.
+    if (this.#lose) await this.#running;
+  }
+
+  async #run(): Promise<void> {
+    let reported: string | undefined;
+    for (let attempt = 0; !this.#closed; attempt++) {
+      const { promise: lost, resolve: lose } = Promise.withResolvers<Error>();
+      let model: AmqpConnection | undefined;
+      let error: Error;
+      try {
+        model = await this.connect();
+        if (typeof model?.createConfirmChannel !== "function")
+          throw new TypeError(
+            `amqpConnection returned ${Bun.inspect(model)}; expected what amqplib's connect() returns`,
+          );
+        users.set(model, (users.get(model) ?? 0) + 1);
+        this.#lose = lose;
+        if (this.#closed) lose(new Error("closed"));
+        watch(model, lose);
+        const failed = await Promise.race([this.events.up(model, lose), lost]);
+        if (failed) throw failed;
+        this.upSince = performance.now();
+        this.connects++;
+        reported = undefined;
+        this.events.settled();
+        error = await lost;
+      } catch (reason) {
+        error = asError(reason);
+      }
+      if (this.upSince !== undefined && performance.now() - this.upSince > STABLE) attempt = 0;
+      this.upSince = undefined;
+      this.events.down(error);
+      if (model) await release(model);
+      this.#lose = undefined;
+      if (this.#closed) return;
+      // Once per outage, unless there is news.
+      if (error.message !== reported) this.report(explain(error, this.name));
+      reported = error.message;
+      await this.#pause(backoff(attempt, error));
+    }
+  }
+
+  #pause(ms: number): Promise<void> {
+    return new Promise((resolve) => {
+      const timer = setTimeout(resolve, ms);
+      this.#wake = () => {
+        clearTimeout(timer);
+        resolve();
+      };
+    });
+  }
+}
+
+function watch(model: AmqpConnection, lose: Lose): void {
+  // Both kinds have these events, and their overloads of `on` do not unite.
+  const emitter: NodeJS.EventEmitter = model;
+  emitter.on("error", lose);
+  emitter.on("close", (error?: Error) => lose(error ?? new Error("Connection closed")));
+  emitter.on("disconnect", lose); // amqplib's recovering connection: replaced, not waited for
+}
+
+/** How long an answer to a goodbye is waited for, in ms: a dead link gives none. */
+const CLOSE_PATIENCE = 1_000;
+
+/** Waits for a promise, up to `ms`. */
+async function within(ms: number, promise: Promise<unknown>): Promise<void> {
+  let timer: Timeout | undefined;
+  await Promise.race([promise, new Promise((resolve) => (timer = setTimeout(resolve, ms)))]);
+  clearTimeout(timer);
+}
+
+/** Closes what `amqpConnection` returned once nobody uses it. */
+async function release(model: AmqpConnection): Promise<void> {
+  const left = (users.get(model) ?? 1) - 1;
+  users.set(model, left);
+  if (left > 0) return;
+  await within(
+    CLOSE_PATIENCE,
+    model.close().catch((error) => debug("close: %s", asError(error).message)),
+  );
+}
+
+const isRefused = (error: Error): boolean => /\b403\b|ACCESS.REFUSED/.test(error.message);
+
+function backoff(attempt: number, error: Error): number {
+  const limit = isRefused(error) ? BACKOFF.refused : BACKOFF.limit;
+  return Math.min(limit, BACKOFF.first * 2 ** attempt) * (0.5 + Math.random() / 2);
+}
+
+/** What amqplib adds to an error by which the broker closed a channel. */
+type BrokerError = Error & { code?: number; classId?: number; methodId?: number };
+
+/** Which permission an AMQP method needs, by class and method id (https://www.rabbitmq.com/docs/access-control). */
+const PERMISSIONS: Record<string, string> = {
+  "40,10": "configure",
+  "40,20": "configure",
+  "50,10": "configure",
+  "40,30": "write or read",
+  "40,40": "write or read",
+  "50,20": "write or read",
+  "50,50": "write or read",
+  "60,20": "read",
+  "60,40": "write",
+};
+
+/** Says what to do where the broker refuses. */
+function explain(error: BrokerError, link: string): Error {
+  const named = /(configure|write|read) access/.exec(error.message)?.[1];
+  const missing = named ?? PERMISSIONS[`${error.classId},${error.methodId}`];
+  const advice =
+    isRefused(error) && missing
+      ? `; grant the user ${missing} permission on "^<prefix>#.*" (rabbitmqctl set_permissions)`
+      : "";
+  return new Error(`The ${link} connection was lost: ${error.message}${advice}`, { cause: error });
+}
+
+/** A channel that goes down with its connection, and takes it down. */
+function watched<C extends Channel>(channel: C, lose: Lose): C {
+  channel.on("error", lose);
+  channel.on("close", () => lose(new Error("Channel closed")));
+  return channel;
+}
+
+/** Closes a channel, on a connection that others may go on using. */
+function discard(channel: Channel | undefined): void {
+  channel?.close().catch((error) => debug("close: %s", asError(error).message)); // it has been closed
+}
+
+// ── Topology: what is bound follows the rooms ────────────────────────────────────────────────────────────────────────
+
+/** One namespace's bindings: those that its rooms want and those that the broker has. */
+class Bindings {
+  readonly exchange: string;
+  /** Routing keys under which the current queue gets this namespace's messages. */
+  readonly bound = new Set<string>();
+  /** What is being worked on, by routing key. */
+  readonly work = new Map<string, Work>();
+
+  constructor(
+    readonly nsp: string,
+    readonly names: Names,
+    readonly roomExchanges: boolean,
+    /** The rooms that have local sockets and travel under a key of their own. */
+    readonly rooms: () => Iterable<Room>,
+    /** Whether a room is one of them; `undefined` asks whether the namespace is open. */
+    readonly wants: (room: Room | undefined) => boolean,
+  ) {
+    this.exchange = names.exchange(nsp);
+  }
+
+  /** The rooms that a foreign message means; undefined if it is not for this namespace. */
+  roomsOf(exchange: string, keys: string[]): Room[] | undefined {
+    if (exchange === this.exchange) return keys.includes(EVERYONE) ? [] : keys.flatMap((key) => this.#roomsUnder(key));
+    for (const key of this.bound) if (this.names.roomExchange(this.nsp, key) === exchange) return this.#roomsUnder(key);
+    return undefined;
+  }
+
+  #roomsUnder(key: string): Room[] {
+    if (key.startsWith("#")) return sameKey(key.slice(1));
+    return [...this.rooms()].filter((room) => routingKey(room) === key);
+  }
+}
+
+interface Work {
+  readonly bindings: Bindings;
+  readonly room: Room | undefined;
+  readonly key: string;
+  readonly done: PromiseWithResolvers<void>;
+}
+
+/** A channel of its own, so that a refused operation closes no other; amqplib keeps one operation in flight on each. */
+interface Lane {
+  channel: Channel;
+  readonly queue: Work[];
+  busy: boolean;
+}
+
+interface Session {
+  readonly model: AmqpConnection;
+  readonly queue: string;
+  readonly lose: Lose;
+  readonly lanes: Lane[];
+}
+
+const LANES = 8;
+/** How often an operation is tried that meets an exchange which another server's last leave has just deleted. */
+const ATTEMPTS = 20;
+
+/** Binds and unbinds until what is bound is what is wanted. Joins, leaves, reconnects and closes are all this. */
+class Topology {
+  #session: Session | undefined;
+
+  /** Opens the channels on a new queue and binds everything that is wanted. */
+  async up(
+    model: AmqpConnection,
+    queue: string,
+    lose: Lose,
+    root: string,
+    keys: string[],
+    everything: () => Bindings[],
+  ): Promise<void> {
+    const lanes = await Promise.all(Array.from({ length: LANES }, () => openLane(model)));
+    const session: Session = { model, queue, lose, lanes };
+    this.#session = session;
+    for (const key of keys) await retried(session, lanes[0]!, (channel) => bindNamespace(channel, queue, root, key));
+    const all = everything();
+    await Promise.all(all.map((bindings) => this.follow(bindings, undefined)));
+    await Promise.all(all.flatMap((bindings) => [...bindings.rooms()].map((room) => this.follow(bindings, room))));
+  }
+
+  down(all: Iterable<Bindings>): void {
+    for (const { channel } of this.#session?.lanes ?? []) discard(channel);
+    this.#session = undefined;
+    for (const bindings of all) {
+      bindings.bound.clear();
+      for (const work of bindings.work.values()) work.done.resolve();
+      bindings.work.clear();
+    }
+  }
+
+  /** Makes one binding what is wanted of it. Returns undefined if it is that already, or while the broker is away. */
+  follow(bindings: Bindings, room: Room | undefined): Promise<void> | undefined {
+    const session = this.#session;
+    if (!session) return undefined;
+    const key = room === undefined ? EVERYONE : routingKey(room);
+    const pending = bindings.work.get(key);
+    if (pending) return pending.done.promise;
+    if (bindings.bound.has(key) === bindings.wants(room)) return undefined;
+    const work: Work = { bindings, room, key, done: Promise.withResolvers<void>() };
+    bindings.work.set(key, work);
+    // Each room always on the same lane, so that its operations keep their order.
+    const lane = session.lanes[key === EVERYONE ? 0 : Bun.hash.crc32(key) % LANES]!;
+    lane.queue.push(work);
+    if (!lane.busy) void this.#drain(session, lane);
+    return work.done.promise;
+  }
+
+  async #drain(session: Session, lane: Lane): Promise<void> {
+    lane.busy = true;
+    try {
+      for (let work = lane.queue.shift(); work && this.#session === session; work = lane.queue.shift()) {
+        const { bindings, room, key, done } = work;
+        for (let wanted = bindings.wants(room); wanted !== bindings.bound.has(key); wanted = bindings.wants(room)) {
+          await retried(session, lane, (channel) => change(channel, session.queue, bindings, room, key, wanted));
+          if (this.#session !== session) return;
+          if (wanted) bindings.bound.add(key);
+          else bindings.bound.delete(key);
+        }
+        bindings.work.delete(key);
+        done.resolve();
+      }
+    } catch (error) {
+      if (this.#session === session) session.lose(asError(error));
+    } finally {
+      lane.busy = false;
+    }
+  }
+}
+
+async function openLane(model: AmqpConnection): Promise<Lane> {
+  const channel = await model.createChannel();
+  channel.on("error", (error) => debug("topology: %s", error.message)); // reported by the operation that fails
+  return { channel, queue: [], busy: false };
+}
+
+/** Runs an operation, again on a new channel if an exchange vanished between two of its steps (404). */
+async function retried(session: Session, lane: Lane, operation: (channel: Channel) => Promise<unknown>): Promise<void> {
+  for (let attempt = 1; ; attempt++) {
+    try {
+      await operation(lane.channel);
+      return;
+    } catch (error) {
+      const { code, name } = error as BrokerError;
+      if ((code !== 404 && name !== "IllegalOperationError") || attempt === ATTEMPTS) throw error;
+      lane.channel = (await openLane(session.model)).channel;
+    }
+  }
+}
+
+const NAMESPACE_EXCHANGE: Options.AssertExchange = { durable: false, autoDelete: true };
+const ROOM_EXCHANGE: Options.AssertExchange = { durable: false, autoDelete: true };
+
+async function bindNamespace(channel: Channel, queue: string, exchange: string, key: string): Promise<void> {
+  await channel.assertExchange(exchange, "direct", NAMESPACE_EXCHANGE);
+  await channel.bindQueue(queue, exchange, key);
+}
+
+async function change(
+  channel: Channel,
+  queue: string,
+  { nsp, exchange, names, roomExchanges }: Bindings,
+  room: Room | undefined,
+  key: string,
+  wanted: boolean,
+): Promise<void> {
+  if (room === undefined || !roomExchanges) {
+    if (wanted) await bindNamespace(channel, queue, exchange, key);
+    else await channel.unbindQueue(queue, exchange, key);
+    return;
+  }
+  const roomExchange = names.roomExchange(nsp, key);
+  if (!wanted) {
+    await channel.unbindQueue(queue, roomExchange, ""); // the last one deletes the exchange
+    return;
+  }
+  await channel.assertExchange(roomExchange, "fanout", ROOM_EXCHANGE);
+  await channel.bindQueue(queue, roomExchange, ""); // first the queue, which keeps the exchange alive
+  await channel.bindExchange(roomExchange, exchange, key);
+}
+
+// ── Outbox: frames on their way to the broker, and the journal of those that were sent ───────────────────────────────
+
+/** Where the packets of a frame go. */
+interface Destination {
+  readonly kind: Kind;
+  readonly exchange: string;
+  readonly key: string;
+  readonly options: Options.Publish;
+  /** Tells the receiver what the packets are for. */
+  readonly head: string;
+  readonly volatile: boolean;
+}
+
+/** A frame that still takes packets. */
+interface Draft {
+  readonly to: Destination;
+  readonly at: number;
+  readonly table: number[];
+  readonly binaries: Uint8Array[];
+  text: string;
+  packets: number;
+  size: number;
+}
+
+/** A frame in the journal. */
+interface Entry {
+  readonly to: Destination;
+  readonly number: number;
+  readonly body: Buffer;
+  readonly packets: number;
+  /** When its first packet was emitted (ms, monotonic). */
+  readonly at: number;
+  sent: boolean;
+  confirmed: boolean;
+}
+
+interface OutboxEvents {
+  report(error: Error): void;
+  /** A message to one queue came back: there is no such queue. */
+  unreachable(uid: string): void;
+}
+
+/** How many frames may be unconfirmed before the next one waits, and grows. */
+const WINDOW = 8;
+/** A frame takes packets up to about this size, in bytes. */
+const FRAME_SIZE = 32 * 1024;
+/** What the header and a replay add to a packet, at most (bytes). */
+const OVERHEAD = 256;
+/** What a journal entry costs beyond its bytes, roughly. */
+const ENTRY_OVERHEAD = 256;
+/** Dropped frames are reported together, this many ms after the first. */
+const DROP_REPORT = 1_000;
+
+/**
+ * Puts packets into frames and frames onto the publishing connection. An idle server publishes at once; a busy one lets
+ * the next frame grow until a confirm frees a place in the window. Frames stay in the journal, in order of their numbers:
+ * first those that are confirmed, then those that are under way, then those that wait.
+ */
+class Outbox {
+  /** Frames that left the journal before the broker had confirmed them. */
+  dropped = 0;
+  #channel: ConfirmChannel | undefined;
+  #model: AmqpConnection | undefined;
+  #lose: Lose = () => {};
+  #blocked = false;
+  readonly #declared = new Set<string>();
+  #declaring = false;
+  #journal: Entry[] = [];
+  /** Index of the oldest entry: what is before it has left the journal. */
+  #oldest = 0;
+  #bytes = 0;
+  #evictedAt = -Infinity;
+  #draft: Draft | undefined;
+  #number = 0;
+  /** The next to be sent on this connection, and the last ever sent on any. */
+  #next = 1;
+  #sent = 0;
+  /** The first that is sent for the first time on this connection. */
+  #fresh = 1;
+  #unconfirmed = 0;
+  /** This one and all before it are confirmed, or gone. */
+  #settled = 0;
+  readonly #waiters: { number: number; resolve: () => void }[] = [];
+  #scheduled = false;
+  #droppedReported = 0;
+  #dropReport: Timeout | undefined;
+  #counts = { framesSent: 0, packetsSent: 0 };
+
+  constructor(
+    readonly uid: string,
+    /** The exchange that reaches servers as such. */
+    readonly root: string,
+    readonly settings: Pick<Settings, "maxPayload" | "journal">,
+    readonly events: OutboxEvents,
+  ) {}
+
+  get connected(): boolean {
+    return this.#channel !== undefined;
+  }
+
+  get stats() {
+    return { ...this.#counts, journalBytes: this.#bytes, unconfirmed: this.#number - this.#settled };
+  }
+
+  /** The last number sent, once everything that had to be sent again is under way; undefined before. */
+  get position(): number | undefined {
+    return this.connected && !this.#blocked && this.#next > this.#sent ? this.#sent : undefined;
+  }
+
+  /** A packet for a destination. Volatile ones are dropped while the broker is away. */
+  add(to: Destination, parts: readonly unknown[]): void {
+    if (to.volatile && (!this.#channel || this.#blocked)) return;
+    const pieces = parts.map(asPart);
+    const size = pieces.reduce((sum, piece) => sum + piece.length, 0);
+    if ((size + to.head.length) * 3 + OVERHEAD > this.settings.maxPayload && !this.#fits(to, pieces)) return;
+    let draft = this.#draft;
+    if (draft && (draft.size + size > FRAME_SIZE || !sameDestination(draft.to, to))) {
+      this.#seal(draft);
+      draft = undefined;
+    }
+    draft ??= this.#draft = { to, at: performance.now(), table: [], binaries: [], text: "", packets: 0, size: 0 };
+    const last = pieces.length - 1;
+    for (let i = 0; i <= last; i++) {
+      const piece = pieces[i]!;
+      const more = i < last ? MORE_PARTS : 0;
+      if (typeof piece === "string") {
+        draft.text += piece;
+        draft.table.push(piece.length + more);
+      } else {
+        draft.binaries.push(Buffer.from(piece)); // a copy: the caller may reuse the buffer
+        draft.table.push(piece.length + more + BINARY);
+      }
+    }
+    draft.packets++;
+    draft.size += size;
+    if (!this.#scheduled) {
+      this.#scheduled = true;
+      queueMicrotask(this.#flush);
+    }
+  }
+
+  #fits(to: Destination, pieces: Part[]): boolean {
+    const { maxPayload } = this.settings;
+    const size = [to.head, ...pieces].reduce(
+      (sum, piece) => sum + Buffer.byteLength(piece),
+      OVERHEAD + 4 * pieces.length,
+    );
+    if (size <= maxPayload) return true;
+    this.events.report(new RangeError(`A packet of ${size} bytes was not sent: maxPayload is ${maxPayload} bytes`));
+    return false;
+  }
+
+  #seal({ to, at, table, text, binaries, packets }: Draft): void {
+    this.#draft = undefined;
+    const number = ++this.#number;
+    const body = encodeFrame(to.kind, this.uid, number, to.head, packets, table, text, binaries);
+    this.#journal.push({ to, number, body, packets, at, sent: false, confirmed: false });
+    this.#bytes += body.length + ENTRY_OVERHEAD;
+    if (!this.#channel) this.evict();
+  }
+
+  #entry(number: number): Entry | undefined {
+    const oldest = this.#journal[this.#oldest];
+    return oldest && this.#journal[this.#oldest + number - oldest.number];
+  }
+
+  readonly #flush = (): void => {
+    this.#scheduled = false;
+    while (this.#channel && !this.#blocked && !this.#declaring && this.#unconfirmed < WINDOW) {
+      if (this.#next > this.#number) {
+        if (!this.#draft) break;
+        this.#seal(this.#draft);
+      }
+      const entry = this.#entry(this.#next);
+      if (entry && !this.#declared.has(entry.to.exchange)) {
+        void this.#declare(entry.to.exchange);
+        break;
+      }
+      this.#next++;
+      if (entry?.sent && entry.to.volatile) entry.confirmed = true; // not twice
+      if (entry && !entry.confirmed) this.#publish(this.#channel, entry);
+    }
+    this.evict();
+  };
+
+  #settle(): void {
+    while (this.#settled < this.#number && (this.#entry(this.#settled + 1)?.confirmed ?? true)) this.#settled++;
+    while (this.#waiters[0] && this.#waiters[0].number <= this.#settled) this.#waiters.shift()?.resolve();
+  }
+
+  /** Waits up to `ms` until the broker has confirmed what was added so far. Resolves with how many frames it has not. */
+  async confirmed(ms: number): Promise<number> {
+    if (this.#draft) this.#seal(this.#draft);
+    this.#flush();
+    const number = this.#number;
+    if (this.#settled < number) {
+      const { promise, resolve } = Promise.withResolvers<void>();
+      const timer = setTimeout(resolve, ms);
+      this.#waiters.push({ number, resolve });
+      await promise;
+      clearTimeout(timer);
+    }
+    return Math.max(0, number - this.#settled);
+  }
+
+  #publish(channel: ConfirmChannel, entry: Entry): void {
+    const { to, number, body, packets } = entry;
+    if (entry.sent) markAgain(body);
+    entry.sent = true;
+    this.#sent = Math.max(this.#sent, number);
+    this.#unconfirmed++;
+    this.#counts.framesSent++;
+    this.#counts.packetsSent += packets;
+    try {
+      channel.publish(to.exchange, to.key, body, to.options, (error: Error | null) => {
+        if (channel !== this.#channel) return;
+        if (error) return this.#lose(error);
+        entry.confirmed = true;
+        this.#unconfirmed--;
+        this.#settle();
+        this.#flush();
+      });
+    } catch (error) {
+      this.#lose(asError(error)); // the channel has just closed
+    }
+  }
+
+  async #declare(exchange: string): Promise<void> {
+    this.#declaring = true;
+    const channel = this.#channel;
+    try {
+      await channel?.assertExchange(exchange, "direct", NAMESPACE_EXCHANGE);
+      this.#declared.add(exchange);
+    } catch {
+      return; // closes the channel, which reports it
+    } finally {
+      if (channel === this.#channel) this.#declaring = false;
+    }
+    this.#flush();
+  }
+
+  /** Drops what the journal has no room or time for. */
+  evict(): void {
+    const { bytes, ms } = this.settings.journal;
+    const now = performance.now();
+    for (let entry = this.#journal[this.#oldest]; entry; entry = this.#journal[this.#oldest]) {
+      if (this.#bytes <= bytes && now - entry.at <= ms) break;
+      this.#journal[this.#oldest++] = undefined as unknown as Entry;
+      this.#bytes -= entry.body.length + ENTRY_OVERHEAD;
+      this.#evictedAt = entry.at;
+      this.#next = Math.max(this.#next, entry.number + 1);
+      if (!entry.confirmed && !entry.to.volatile) this.#drop();
+    }
+    if (this.#oldest > 1024 && this.#oldest * 2 > this.#journal.length) {
+      this.#journal = this.#journal.slice(this.#oldest);
+      this.#oldest = 0;
+    }
+  }
+
+  #drop(): void {
+    this.dropped++;
+    this.#dropReport ??= setTimeout(() => this.#reportDrops(), DROP_REPORT);
+  }
+
+  #reportDrops(): void {
+    clearTimeout(this.#dropReport);
+    this.#dropReport = undefined;
+    const frames = this.dropped - this.#droppedReported;
+    this.#droppedReported = this.dropped;
+    if (frames === 0) return;
+    const { bytes, ms } = this.settings.journal;
+    this.events.report(
+      new Error(`Lost ${frames} frames that waited for the broker: the journal holds ${bytes} bytes and ${ms} ms`),
+    );
+  }
+
+  // The publishing connection: one setup, for the start and after each loss.
+
+  async up(model: AmqpConnection, lose: Lose): Promise<void> {
+    const channel = watched(await model.createConfirmChannel(), lose);
+    channel.on("return", ({ fields }) => this.events.unreachable(fields.routingKey.slice(ALL_SERVERS.length)));
+    const emitter: NodeJS.EventEmitter = model;
+    emitter.on("blocked", (reason: string) => {
+      this.#blocked = true;
+      this.events.report(new Error(`The broker blocks publishing: ${reason}`));
+    });
+    emitter.on("unblocked", () => {
+      this.#blocked = false;
+      this.#flush();
+    });
+    await channel.assertExchange(this.root, "direct", NAMESPACE_EXCHANGE);
+    this.#declared.add(this.root);
+    this.#channel = channel;
+    this.#model = model;
+    this.#lose = lose;
+    this.#fresh = this.#sent + 1;
+    // From the first frame that the broker has not confirmed, in order.
+    this.evict();
+    this.#settle();
+    this.#next = this.#settled + 1;
+    this.#flush();
+  }
+
+  down(error: BrokerError): void {
+    // A frame that is larger than the broker allows would close every next channel as well.
+    if (error.code === 406 && error.classId === 60) this.#dropLargest(error);
+    discard(this.#channel);
+    this.#channel = this.#model = undefined;
+    this.#declared.clear();
+    this.#declaring = this.#blocked = false;
+    this.#unconfirmed = 0;
+  }
+
+  #dropLargest(error: Error): void {
+    let largest: Entry | undefined;
+    for (let number = this.#next - 1; ; number--) {
+      const entry = this.#entry(number);
+      if (!entry) break;
+      if (entry.sent && !entry.confirmed && entry.body.length > (largest?.body.length ?? 0)) largest = entry;
+    }
+    if (!largest) return;
+    largest.confirmed = true;
+    this.#drop();
+    this.events.report(
+      new RangeError(
+        `A frame of ${largest.body.length} bytes was refused by the broker: ${error.message}; lower maxPayload`,
+      ),
+    );
+  }
+
+  /** A message about the cluster itself: sent at once or not at all, and not numbered. Resolves with its success. */
+  control(key: string, control: Control, attachment?: Buffer): Promise<boolean> {
+    const channel = this.#channel;
+    if (!channel || this.#blocked) return Promise.resolve(false);
+    const json = JSON.stringify(control);
+    const table = attachment ? [json.length + MORE_PARTS, attachment.length + BINARY] : [json.length];
+    const body = encodeFrame(Kind.Control, this.uid, 0, "", 1, table, json, attachment ? [attachment] : []);
+    return new Promise((resolve) => {
+      try {
+        channel.publish(this.root, key, body, { mandatory: key !== ALL_SERVERS }, (error: Error | null) =>
+          resolve(!error),
+        );
+      } catch {
+        resolve(false); // the channel has just closed
+      }
+    });
+  }
+
+  /** What a peer has missed: the frames after `last` (or from `doubt`, if `last` cannot be), not older than `deaf` ms. */
+  since(
+    uid: string,
+    last: number | undefined,
+    doubt: number | undefined,
+    deaf: number,
+  ): { from: number; lost: number; bodies: Buffer[] } {
+    this.evict();
+    const oldest = this.#journal[this.#oldest]?.number ?? this.#number + 1;
+    const forged = doubt !== undefined && doubt >= this.#fresh;
+    const after = forged ? doubt - 1 : last;
+    const earliest = performance.now() - deaf;
+    const wanted = after === undefined || after > this.#sent ? oldest : after + 1;
+    const known = after !== undefined && after <= this.#sent && (forged || this.#evictedAt >= earliest);
+    let from = Math.max(wanted, oldest);
+    const bodies: Buffer[] = [];
+    for (let number = from; number < this.#next; number++) {
+      const entry = this.#entry(number);
+      if (!entry || (!forged && entry.at < earliest && bodies.length === 0)) {
+        from = number + 1;
+        continue;
+      }
+      const { key } = entry.to;
+      if (!entry.to.volatile && (!key.startsWith("@") || key === `@${uid}`)) bodies.push(entry.body);
+    }
+    return { from, lost: known ? Math.max(0, oldest - wanted) : 0, bodies };
+  }
+
+  /** Waits up to `ms` until the broker has confirmed everything, and says goodbye. */
+  async close(ms: number): Promise<void> {
+    const unconfirmed = await this.confirmed(ms);
+    await within(CLOSE_PATIENCE, this.control(ALL_SERVERS, { type: "bye" }));
+    this.#reportDrops();
+    if (unconfirmed > 0) throw new Error(`Closed before the broker confirmed ${unconfirmed} frames`);
+  }
+
+  /** Deletes the exchanges that were declared to publish to and that nobody has bound. */
+  async withdraw(): Promise<void> {
+    for (const exchange of this.#declared) {
+      const channel = await this.#model?.createChannel();
+      channel?.on("error", (error) => debug("withdraw: %s", error.message)); // in use, by others
+      await channel?.deleteExchange(exchange, { ifUnused: true }).catch(() => {});
+    }
+  }
+}
+
+function sameDestination(a: Destination, b: Destination): boolean {
+  return (
+    a === b ||
+    (a.head === b.head &&
+      a.key === b.key &&
+      a.exchange === b.exchange &&
+      a.kind === b.kind &&
+      a.volatile === b.volatile)
+  );
+}
+
+/** At most this many bytes of `CC`: the header has to fit into one AMQP frame (RabbitMQ: 128 KiB). */
+const MAX_CC = 32 * 1024;
+/** How many destinations are kept ready, for rooms that are emitted to again. */
+const MAX_ROUTES = 4_096;
+
+/** Which exchange and routing keys the packets of a namespace take. */
+class Routes {
+  readonly #exchange: string;
+  readonly #ready = new Map<Room | undefined, Destination>();
+
+  constructor(
+    readonly nsp: string,
+    readonly names: Names,
+    /** Whether rooms named like a socket id have a key of their own. */
+    readonly bound: boolean,
+  ) {
+    this.#exchange = names.exchange(nsp);
+  }
+
+  packets({ rooms, except, flags }: BroadcastOptions): Destination {
+    if (rooms.size > 1 || except?.size || flags?.volatile !== undefined || flags?.compress !== undefined)
+      return this.#packets({ rooms, except, flags });
+    // One room, or all: made once.
+    let only: Room | undefined;
+    for (const room of rooms) only = room;
+    let destination = this.#ready.get(only);
+    if (!destination) {
+      if (this.#ready.size >= MAX_ROUTES) this.#ready.clear();
+      this.#ready.set(only, (destination = this.#packets({ rooms })));
+    }
+    return destination;
+  }
+
+  #packets({ rooms, except = new Set(), flags: { volatile, compress } = {} }: BroadcastOptions): Destination {
+    const head = JSON.stringify([this.nsp, [...rooms], [...except], { volatile, compress }]);
+    return this.#destination(Kind.Packets, this.#keys(rooms), head, Boolean(volatile));
+  }
+
+  message(message: Message): Destination {
+    const toRooms =
+      message.type === "packet" || message.type === "join" || message.type === "leave" || message.type === "disconnect";
+    const keys = toRooms ? this.#keys(message.opts.rooms) : [EVERYONE];
+    return this.#destination(
+      Kind.Messages,
+      keys,
+      this.nsp,
+      message.type === "packet" && Boolean(message.opts.flags.volatile),
+    );
+  }
+
+  /** To one server. */
+  direct(uid: string): Destination {
+    const exchange = this.names.exchange("/");
+    return {
+      kind: Kind.Messages,
+      exchange,
+      key: `@${uid}`,
+      options: { mandatory: true },
+      head: this.nsp,
+      volatile: false,
+    };
+  }
+
+  #destination(kind: Kind, [key = EVERYONE, ...CC]: string[], head: string, volatile: boolean): Destination {
+    return { kind, exchange: this.#exchange, key, options: CC.length > 0 ? { CC } : {}, head, volatile };
+  }
+
+  #keys(rooms: Iterable<Room>): string[] {
+    const keys = new Set<string>();
+    let size = 0;
+    for (const room of rooms) {
+      if (!this.bound && isSocketId(room)) return [EVERYONE];
+      const key = routingKey(room);
+      keys.add(key);
+      size += key.length * 3;
+    }
+    return size > MAX_CC ? [EVERYONE] : [...keys];
+  }
+}
+
+// ── Frames: one AMQP message with one or more packets for the same destination ───────────────────────────────────────
+//
+//  0       1             2         10       16            20          24            28
+//  ┌───────┬─────────────┬─────────┬────────┬─────────────┬───────────┬─────────────┬──────────┬──────┬──────┬──────────┐
+//  │version│ kind, again │ sender  │ number │ head length │ n packets │ n parts     │ n × part │ head │ text │ binaries │
+//  │ 1     │ u8          │ 8 ASCII │ u48    │ u32         │ u32       │ u32         │ u32      │      │      │          │
+//  └───────┴─────────────┴─────────┴────────┴─────────────┴───────────┴─────────────┴──────────┴──────┴──────┴──────────┘
+//
+// A part is a string or a binary of its packet: its length (UTF-16 code units or bytes), with a bit for a binary and one
+// for a packet that has more parts. All strings stand in one piece of UTF-8, so they are decoded with one call.
+
+enum Kind {
+  /** Encoded by the sender's parser. The head is the JSON of a PacketsHead. */
+  Packets = 1,
+  /** `Message`s between servers. The head is the namespace. */
+  Messages = 2,
+  /** A `Control` message between members. Not numbered. */
+  Control = 3,
+}
+
+interface Frame {
+  readonly kind: Kind;
+  /** Sent before, on a connection that was lost. */
+  again: boolean;
+  readonly sender: string;
+  readonly number: number;
+  readonly packets: number;
+  readonly head: string;
+  readonly body: Buffer;
+}
+
+type Part = string | Uint8Array;
+
+const VERSION = 1;
+const AGAIN = 0x80;
+const HEADER = 28;
+const BINARY = 2 ** 31;
+const MORE_PARTS = 2 ** 30;
+
+/** A message that cannot be read: malformed, or not ours. */
+class FrameError extends Error {}
+class UnknownVersion extends FrameError {
+  constructor(
+    version: number | undefined,
+    readonly sender: string,
+  ) {
+    super(`a frame of version ${version}; this adapter reads version ${VERSION}: update the older servers`);
+  }
+}
+
+function encodeFrame(
+  kind: Kind,
+  sender: string,
+  number: number,
+  head: string,
+  packets: number,
+  table: number[],
+  text: string,
+  binaries: Uint8Array[],
+): Buffer {
+  const headLength = Buffer.byteLength(head);
+  const textLength = Buffer.byteLength(text);
+  const binaryLength = binaries.reduce((sum, binary) => sum + binary.length, 0);
+  const frame = Buffer.allocUnsafe(HEADER + table.length * 4 + headLength + textLength + binaryLength);
+  frame[0] = VERSION;
+  frame[1] = kind;
+  frame.write(sender, 2, "latin1");
+  frame.writeUIntBE(number, 10, 6);
+  frame.writeUInt32BE(headLength, 16);
+  frame.writeUInt32BE(packets, 20);
+  frame.writeUInt32BE(table.length, 24);
+  let offset = HEADER;
+  for (const part of table) offset = frame.writeUInt32BE(part, offset);
+  offset += frame.write(head, offset);
+  offset += frame.write(text, offset);
+  for (const binary of binaries) {
+    frame.set(binary, offset);
+    offset += binary.length;
+  }
+  return frame;
+}
+
+function markAgain(frame: Buffer): void {
+  frame[1]! |= AGAIN;
+}
+
+/** The header and head. The packets are read when somebody wants them. */
+function readFrame(body: Buffer): Frame {
+  if (body[0] !== VERSION) throw new UnknownVersion(body[0], body.toString("latin1", 2, 10));
+  if (body.length < HEADER) throw new FrameError(`a frame of ${body.length} bytes`);
+  const kind = body[1]! & ~AGAIN;
+  const headLength = body.readUInt32BE(16);
+  const parts = body.readUInt32BE(24);
+  const headStart = HEADER + parts * 4;
+  if (kind < Kind.Packets || kind > Kind.Control || headStart + headLength > body.length)
+    throw new FrameError(`a malformed frame (kind ${kind}, ${parts} parts in ${body.length} bytes)`);
+  return {
+    kind,
+    again: (body[1]! & AGAIN) !== 0,
+    sender: body.toString("latin1", 2, 10),
+    number: body.readUIntBE(10, 6),
+    packets: body.readUInt32BE(20),
+    head: body.toString("utf8", headStart, headStart + headLength),
+    body,
+  };
+}
+
+/** The packets of a frame, each with its parts. */
+function packetsOf({ body }: Frame): Part[][] {
+  const parts = body.readUInt32BE(24);
+  const textStart = HEADER + parts * 4 + body.readUInt32BE(16);
+  let binary = body.length;
+  for (let i = 0; i < parts; i++) {
+    const part = body.readUInt32BE(HEADER + i * 4);
+    if (part >= BINARY) binary -= (part - BINARY) % MORE_PARTS;
+  }
+  if (binary < textStart) throw new FrameError("a frame with more binary than bytes");
+  const text = body.toString("utf8", textStart, binary);
+  const packets: Part[][] = [];
+  let packet: Part[] = [];
+  let position = 0;
+  for (let i = 0; i < parts; i++) {
+    const part = body.readUInt32BE(HEADER + i * 4);
+    const length = part % MORE_PARTS;
+    if (part >= BINARY) packet.push(body.subarray(binary, (binary += length)));
+    else packet.push(text.substring(position, (position += length)));
+    if (((part >>> 30) & 1) === 0) {
+      packets.push(packet);
+      packet = [];
+    }
+  }
+  if (position !== text.length) throw new FrameError("a frame whose strings do not fill its text");
+  return packets;
+}
+
+/** Namespace, rooms, except and flags of a frame's packets. */
+interface PacketsHead {
+  readonly nsp: string;
+  readonly opts: BroadcastOptions;
+}
+
+/** Heads come again and again: parsed once. */
+const heads = new Map<string, PacketsHead>();
+
+function packetsHead(text: string): PacketsHead {
+  let head = heads.get(text);
+  if (!head) {
+    const value = parseJson(text);
+    if (!Array.isArray(value)) throw new FrameError("a frame whose head is no array");
+    const [nsp, rooms, except, flags] = value as unknown[];
+    if (typeof nsp !== "string" || !isRooms(rooms) || !isRooms(except) || !isRecord(flags))
+      throw new FrameError("a frame whose head is not [namespace, rooms, except, flags]");
+    head = { nsp, opts: { rooms: new Set(rooms), except: new Set(except), flags } };
+    if (heads.size >= MAX_ROUTES) heads.clear();
+    if (text.length < 1024) heads.set(text, head);
+  }
+  return head;
+}
+
+// ── Values: JSON with binary at any depth ────────────────────────────────────────────────────────────────────────────
+
+interface WireOptions {
+  rooms: Room[];
+  except: Room[];
+  flags: BroadcastFlags;
+}
+
+/** What servers and emitters tell each other about a namespace. */
+type Message =
+  | { type: "packet"; opts: WireOptions; data: unknown[] }
+  | { type: "join" | "leave"; opts: WireOptions; rooms: Room[] }
+  | { type: "disconnect"; opts: WireOptions; close: boolean }
+  | { type: "emit"; id: number | undefined; args: unknown[] }
+  | { type: "fetch"; id: number; opts: WireOptions }
+  | { type: "broadcast"; id: number; opts: WireOptions; data: unknown[] }
+  | Answer;
+type Answer =
+  | { type: "sockets"; id: number; sockets: unknown[] }
+  | { type: "answer" | "ack"; id: number; value?: unknown }
+  | { type: "clients"; id: number; count: number };
+
+/** What members tell each other about themselves. */
+type Control =
+  /** What is open; `reply` asks for the same. */
+  | { type: "hello"; namespaces: string[]; revision: number; reply: boolean }
+  /** Alive; everything up to `position` has been sent. */
+  | { type: "beat"; revision: number; position: number }
+  | { type: "bye" | "ping" }
+  /** A peer's queue is gone; whoever knows it may look for itself. */
+  | { type: "missing"; uid: string }
+  /** Asks for the frames after `last`, not older than `deaf` ms; `doubt` is a number that contradicts `last`. */
+  | { type: "ask"; id: number; last?: number | undefined; doubt?: number | undefined; deaf: number }
+  /** The answer: it begins with number `from`, `lost` are gone; then each frame again; then the end. */
+  | { type: "begin"; id: number; from: number; lost: number }
+  | { type: "again" | "end"; id: number };
+
+type Checks<T extends { type: string }> = Record<T["type"], (value: Record<string, unknown>) => boolean>;
+
+const isNumber = (value: unknown): boolean => typeof value === "number" && value >= 0;
+const isRooms = (value: unknown): value is Room[] =>
+  Array.isArray(value) && value.every((room) => typeof room === "string" || typeof room === "number" || room === null);
+const isOptions = (value: unknown): boolean =>
+  isRecord(value) && isRooms(value.rooms) && isRooms(value.except) && isRecord(value.flags);
+
+const MESSAGES: Checks<Message> = {
+  packet: ({ opts, data }) => isOptions(opts) && Array.isArray(data),
+  join: ({ opts, rooms }) => isOptions(opts) && isRooms(rooms),
+  leave: ({ opts, rooms }) => isOptions(opts) && isRooms(rooms),
+  disconnect: ({ opts }) => isOptions(opts),
+  emit: ({ id, args }) => (id === undefined || isNumber(id)) && Array.isArray(args),
+  fetch: ({ id, opts }) => isNumber(id) && isOptions(opts),
+  broadcast: ({ id, opts, data }) => isNumber(id) && isOptions(opts) && Array.isArray(data),
+  sockets: ({ id, sockets }) => isNumber(id) && Array.isArray(sockets),
+  answer: ({ id }) => isNumber(id),
+  ack: ({ id }) => isNumber(id),
+  clients: ({ id, count }) => isNumber(id) && isNumber(count),
+};
+const CONTROLS: Checks<Control> = {
+  hello: ({ namespaces, revision }) =>
+    Array.isArray(namespaces) && namespaces.every((nsp) => typeof nsp === "string") && isNumber(revision),
+  beat: ({ revision, position }) => isNumber(revision) && isNumber(position),
+  bye: () => true,
+  ping: () => true,
+  missing: ({ uid }) => typeof uid === "string",
+  ask: ({ id, last, doubt, deaf }) =>
+    isNumber(id) &&
+    (last === undefined || isNumber(last)) &&
+    (doubt === undefined || isNumber(doubt)) &&
+    isNumber(deaf),
+  begin: ({ id, from, lost }) => isNumber(id) && isNumber(from) && isNumber(lost),
+  again: ({ id }) => isNumber(id),
+  end: ({ id }) => isNumber(id),
+};
+
+function isOneOf<T extends { type: string }>(checks: Checks<T>, value: unknown): value is T {
+  const check = isRecord(value) && Object.entries(checks).find(([type]) => type === value.type)?.[1];
+  return Boolean(check) && (check as Checks<T>[T["type"]])(value as Record<string, unknown>);
+}
+
+function asMessage(value: unknown): Message {
+  if (isOneOf<Message>(MESSAGES, value)) return value;
+  throw new FrameError(`a message that is none of ${Object.keys(MESSAGES).join(", ")}`);
+}
+
+function asControl(value: unknown): Control {
+  if (isOneOf<Control>(CONTROLS, value)) return value;
+  throw new FrameError(`a control message that is none of ${Object.keys(CONTROLS).join(", ")}`);
+}
+
+/** JSON, with binary replaced by placeholders as the Socket.IO protocol has them, and the binaries behind it. */
+function encodeValue(value: unknown): Part[] {
+  const binaries: Uint8Array[] = [];
+  const json = JSON.stringify(value, function (this: Record<string, unknown>, key, replaced: unknown) {
+    const original = this[key]; // before Buffer's toJSON
+    const binary = asBinary(original);
+    return binary ? { _placeholder: true, num: binaries.push(binary) - 1 } : replaced;
+  });
+  return [json, ...binaries];
+}
+
+function decodeValue([json, ...binaries]: Part[]): unknown {
+  return parseJson(
+    json,
+    binaries.length === 0
+      ? undefined
+      : (value) => {
+          if (!isRecord(value) || value._placeholder !== true || typeof value.num !== "number") return value;
+          return binaries[value.num] ?? value;
+        },
+  );
+}
+
+function parseJson(text: unknown, revive?: (value: unknown) => unknown): unknown {
+  try {
+    if (typeof text === "string") return JSON.parse(text, revive && ((_, value: unknown) => revive(value)));
+  } catch (error) {
+    throw new FrameError(`not JSON: ${asError(error).message}`);
+  }
+  throw new FrameError("binary where JSON was expected");
+}
+
+function asBinary(value: unknown): Uint8Array | undefined {
+  if (value instanceof Uint8Array) return value;
+  if (value instanceof ArrayBuffer || value instanceof SharedArrayBuffer) return new Uint8Array(value);
+  if (ArrayBuffer.isView(value)) return new Uint8Array(value.buffer, value.byteOffset, value.byteLength);
+  return undefined;
+}
+
+function asPart(part: unknown): Part {
+  const piece = typeof part === "string" ? part : asBinary(part);
+  if (piece === undefined)
+    throw new TypeError(
+      `Cannot send ${Bun.inspect(part)} to other servers; expected strings, buffers and typed arrays`,
+    );
+  return piece;
+}
+
+function toWire({ rooms, except = new Set(), flags: { volatile, compress } = {} }: BroadcastOptions): WireOptions {
+  return { rooms: [...rooms], except: [...except], flags: { volatile, compress } };
+}
+
+function fromWire({ rooms, except, flags }: WireOptions): BroadcastOptions {
+  return { rooms: new Set(rooms), except: new Set(except), flags };
+}
+
+function asError(error: unknown): Error {
+  return error instanceof Error ? error : new Error(String(error));
+}
+
+// ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** The routing key of a namespace's packets for everyone. A room's is `#<room>`, one server's `@<uid>`, all servers' `@`. */
+const EVERYONE = "";
+const ALL_SERVERS = "@";
+/** AMQP 0-9-1: names and routing keys are short strings. */
+const MAX_BYTES = 255;
+
+const hash = (name: string): string => createHash("sha256").update(name).digest("hex");
+const isShort = (name: string): boolean => name.length * 3 <= MAX_BYTES || Buffer.byteLength(name) <= MAX_BYTES;
+
+/** A room's key; one that would be too long is `%` and the room's SHA-256, which no other room's key can be. */
+function routingKey(room: Room): string {
+  const key = `#${room}`;
+  return isShort(key) ? key : `%${hash(key)}`;
+}
+
+/** The rooms that share a room's key: Socket.IO takes numbers for rooms, and tells 1 from "1". */
+function sameKey(room: Room): Room[] {
+  const twin: unknown = typeof room === "string" ? Number(room) : String(room);
+  return String(twin) === String(room) ? [room, twin as Room] : [room];
+}
+
+function isSocketId(room: Room): boolean {
+  return typeof room === "string" && room.length === 20 && /^[\w-]+$/.test(room);
+}
+
+class Names {
+  constructor(readonly prefix: string) {}
+
+  /** A namespace's exchange. `#` and `%` are escaped, or namespace `/a#b` would claim the exchange of room `b` in `/a`. */
+  exchange(nsp: string): string {
+    return this.#name(nsp.replace(/[%#]/g, (char) => (char === "#" ? "%23" : "%25")));
+  }
+
+  roomExchange(nsp: string, key: string): string {
+    return this.#name(this.exchange(nsp).slice(this.prefix.length + 1) + key);
+  }
+
+  queue(uid: string, generation: number): string {
+    return this.#name(`@${uid}.${generation}`);
+  }
+
+  #name(rest: string): string {
+    const name = `${this.prefix}#${rest}`;
+    return isShort(name) ? name : `${this.prefix}#%${hash(name)}`;
+  }
+}
