@@ -551,8 +551,9 @@ export class AmqpAdapter extends Adapter implements Tenant {
 
   /** @internal */
   report(error: Error): void {
-    // In a turn of its own: a listener that throws must not break what is reported on.
-    if (this.listenerCount("error") > 0) queueMicrotask(() => this.emit("error", error));
+    // In a turn of its own: a listener that throws must not break what is reported on, and one that is added right
+    // after the adapter was made hears of a first connection that fails at once.
+    queueMicrotask(() => this.listenerCount("error") > 0 && this.emit("error", error));
   }
 }
 
@@ -687,6 +688,8 @@ interface Peer {
   last: number;
   /** When it was last heard (ms, monotonic). */
   seen: number;
+  /** When it last said hello, which it does with a queue. */
+  greeted: number;
   /** What it has open; undefined until it has said so, and once its queue is gone. */
   namespaces: Set<string> | undefined;
   /** How often that had changed. */
@@ -782,14 +785,12 @@ class Member {
     this.#root = this.names.exchange("/");
     this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
     const report = (error: Error) => this.#report(error);
-    this.outbox = new Outbox(this.uid, this.#root, settings, {
-      report,
-      unreachable: (uid) => this.#unreachable(uid),
-    });
     const settled = () => {
       void this.#announce();
       this.#ask();
     };
+    const unreachable = (uid: string) => this.#unreachable(uid);
+    this.outbox = new Outbox(this.uid, this.#root, settings, { report, unreachable, unblocked: settled });
     this.#consuming = new Link("consuming", settings.amqpConnection, report, {
       up: (model, lose) => this.#consume(model, lose),
       settled,
@@ -860,8 +861,8 @@ class Member {
   async #close(ms: number): Promise<void> {
     for (const timer of [this.#heartbeat, this.#probing, this.#asking]) clearInterval(timer);
     for (const request of [...this.#requests.values()]) request.end(request.missing.size);
-    this.topology.down(this.#allBindings());
     try {
+      await this.topology.stop(this.#allBindings());
       await this.outbox.close(ms);
     } finally {
       await this.#consuming.close(); // its queue, and with it all bindings
@@ -911,7 +912,7 @@ class Member {
       const { maxPayload } = this.settings;
       if (content.length > maxPayload)
         throw new FrameError(`a message of ${content.length} bytes; maxPayload is ${maxPayload} bytes`);
-      if (properties.contentType === "application/json") this.#onForeign(content, fields, properties.headers?.CC);
+      if (properties.contentType === "application/json") this.#onForeign(content, fields, properties.headers?.["CC"]);
       else this.#onFrame(readFrame(content));
     } catch (error) {
       this.#reportUnreadable(asError(error), `exchange ${fields.exchange}, routing key ${fields.routingKey}`);
@@ -985,7 +986,15 @@ class Member {
     let peer = this.#peers.get(uid);
     if (!peer) {
       if (this.#peers.size >= MAX_PEERS) this.#forgetStranger();
-      peer = { uid, last: NaN, seen: this.#heard, namespaces: undefined, revision: -1, gap: undefined };
+      peer = {
+        uid,
+        last: NaN,
+        seen: this.#heard,
+        greeted: -Infinity,
+        namespaces: undefined,
+        revision: -1,
+        gap: undefined,
+      };
       this.#peers.set(uid, peer);
       if (this.#deaf) this.#miss(peer); // it may have come while this server was deaf
     }
@@ -1042,10 +1051,11 @@ class Member {
     const control = asControl(parseJson(json));
     switch (control.type) {
       case "hello":
+        if (peer.gap && !peer.namespaces) peer.gap.askAt = 0; // its queue is back
         peer.namespaces = new Set(control.namespaces);
         peer.revision = control.revision;
+        peer.greeted = this.#heard;
         if (control.reply) void this.#tell(peer.uid, this.#hello(false));
-        if (peer.gap) peer.gap.askAt = 0;
         return this.#ask();
       case "beat":
         if (!peer.namespaces || peer.revision !== control.revision) void this.#tell(peer.uid, this.#hello(true));
@@ -1083,9 +1093,10 @@ class Member {
   #unreachable(uid: string): void {
     this.#answering.delete(uid);
     const peer = this.#peers.get(uid);
+    if (!peer?.namespaces) return;
     // Right after an outage its queue may just not be back yet.
     const upSince = Math.max(this.#consuming.upSince ?? Infinity, this.#publishing.upSince ?? Infinity);
-    if (!peer?.namespaces || performance.now() - upSince < 2 * BACKOFF.limit) return;
+    if (peer.greeted < upSince && performance.now() - upSince < 2 * BACKOFF.limit) return;
     this.#gone(peer);
     void this.outbox.control(ALL_SERVERS, { type: "missing", uid });
   }
@@ -1286,6 +1297,7 @@ class Link {
         this.#lose = lose;
         if (this.#closed) lose(new Error("closed"));
         watch(model, lose);
+        sendAtOnce(model);
         const failed = await Promise.race([this.events.up(model, lose), lost]);
         if (failed) throw failed;
         this.upSince = performance.now();
@@ -1326,6 +1338,15 @@ function watch(model: AmqpConnection, lose: Lose): void {
   emitter.on("error", lose);
   emitter.on("close", (error?: Error) => lose(error ?? new Error("Connection closed")));
   emitter.on("disconnect", lose); // amqplib's recovering connection: replaced, not waited for
+}
+
+/**
+ * amqplib leaves Nagle's algorithm on, which holds a small message back for up to 40 ms while another is under way. The
+ * socket is not part of its types; a recovering connection keeps it to itself, so give that one `noDelay: true`.
+ */
+function sendAtOnce(model: unknown): void {
+  const { connection } = model as { connection?: { stream?: { setNoDelay?: (on: boolean) => void } } };
+  connection?.stream?.setNoDelay?.(true);
 }
 
 /** How long an answer to a goodbye is waited for, in ms: a dead link gives none. */
@@ -1441,7 +1462,8 @@ interface Work {
 interface Lane {
   channel: Channel;
   readonly queue: Work[];
-  busy: boolean;
+  /** Pending while the lane works. */
+  drained: Promise<void> | undefined;
 }
 
 interface Session {
@@ -1478,13 +1500,21 @@ class Topology {
   }
 
   down(all: Iterable<Bindings>): void {
-    for (const { channel } of this.#session?.lanes ?? []) discard(channel);
+    const lanes = this.#session?.lanes ?? [];
     this.#session = undefined;
+    for (const lane of lanes) void Promise.resolve(lane.drained).then(() => discard(lane.channel));
     for (const bindings of all) {
       bindings.bound.clear();
       for (const work of bindings.work.values()) work.done.resolve();
       bindings.work.clear();
     }
+  }
+
+  /** Takes no more work, and waits for what is being done: an exchange declared but not yet bound would stay. */
+  async stop(all: Iterable<Bindings>): Promise<void> {
+    const lanes = this.#session?.lanes ?? [];
+    this.down(all);
+    await Promise.all(lanes.map((lane) => lane.drained));
   }
 
   /** Makes one binding what is wanted of it. Returns undefined if it is that already, or while the broker is away. */
@@ -1500,12 +1530,12 @@ class Topology {
     // Each room always on the same lane, so that its operations keep their order.
     const lane = session.lanes[key === EVERYONE ? 0 : Bun.hash.crc32(key) % LANES]!;
     lane.queue.push(work);
-    if (!lane.busy) void this.#drain(session, lane);
+    lane.drained ??= this.#drain(session, lane);
     return work.done.promise;
   }
 
   async #drain(session: Session, lane: Lane): Promise<void> {
-    lane.busy = true;
+    await null; // so that `drained` is set before it is unset
     try {
       for (let work = lane.queue.shift(); work && this.#session === session; work = lane.queue.shift()) {
         const { bindings, room, key, done } = work;
@@ -1521,7 +1551,7 @@ class Topology {
     } catch (error) {
       if (this.#session === session) session.lose(asError(error));
     } finally {
-      lane.busy = false;
+      lane.drained = undefined;
     }
   }
 }
@@ -1529,7 +1559,7 @@ class Topology {
 async function openLane(model: AmqpConnection): Promise<Lane> {
   const channel = await model.createChannel();
   channel.on("error", (error) => debug("topology: %s", error.message)); // reported by the operation that fails
-  return { channel, queue: [], busy: false };
+  return { channel, queue: [], drained: undefined };
 }
 
 /** Runs an operation, again on a new channel if an exchange vanished between two of its steps (404). */
@@ -1617,6 +1647,8 @@ interface OutboxEvents {
   report(error: Error): void;
   /** A message to one queue came back: there is no such queue. */
   unreachable(uid: string): void;
+  /** The broker takes messages again. */
+  unblocked(): void;
 }
 
 /** How many frames may be unconfirmed before the next one waits, and grows. */
@@ -1642,9 +1674,10 @@ class Outbox {
   #model: AmqpConnection | undefined;
   #lose: Lose = () => {};
   #blocked = false;
+  #closed = false;
   readonly #declared = new Set<string>();
   #declaring = false;
-  #journal: Entry[] = [];
+  #journal: (Entry | undefined)[] = [];
   /** Index of the oldest entry: what is before it has left the journal. */
   #oldest = 0;
   #bytes = 0;
@@ -1689,25 +1722,25 @@ class Outbox {
   /** A packet for a destination. Volatile ones are dropped while the broker is away. */
   add(to: Destination, parts: readonly unknown[]): void {
     if (to.volatile && (!this.#channel || this.#blocked)) return;
-    const pieces = parts.map(asPart);
-    const size = pieces.reduce((sum, piece) => sum + piece.length, 0);
-    if ((size + to.head.length) * 3 + OVERHEAD > this.settings.maxPayload && !this.#fits(to, pieces)) return;
+    let size = to.head.length;
+    for (const part of parts) size += partLength(part);
+    if (size * 3 + OVERHEAD > this.settings.maxPayload && !this.#fits(to, parts)) return;
     let draft = this.#draft;
     if (draft && (draft.size + size > FRAME_SIZE || !sameDestination(draft.to, to))) {
       this.#seal(draft);
       draft = undefined;
     }
     draft ??= this.#draft = { to, at: performance.now(), table: [], binaries: [], text: "", packets: 0, size: 0 };
-    const last = pieces.length - 1;
-    for (let i = 0; i <= last; i++) {
-      const piece = pieces[i]!;
-      const more = i < last ? MORE_PARTS : 0;
-      if (typeof piece === "string") {
-        draft.text += piece;
-        draft.table.push(piece.length + more);
+    for (let i = 1; i <= parts.length; i++) {
+      const part = parts[i - 1];
+      const more = i < parts.length ? MORE_PARTS : 0;
+      if (typeof part === "string") {
+        draft.text += part;
+        draft.table.push(part.length + more);
       } else {
-        draft.binaries.push(Buffer.from(piece)); // a copy: the caller may reuse the buffer
-        draft.table.push(piece.length + more + BINARY);
+        const binary = Buffer.from(asBinary(part)!); // a copy: the caller may reuse the buffer
+        draft.binaries.push(binary);
+        draft.table.push(binary.length + more + BINARY);
       }
     }
     draft.packets++;
@@ -1718,12 +1751,10 @@ class Outbox {
     }
   }
 
-  #fits(to: Destination, pieces: Part[]): boolean {
+  #fits(to: Destination, parts: readonly unknown[]): boolean {
     const { maxPayload } = this.settings;
-    const size = [to.head, ...pieces].reduce(
-      (sum, piece) => sum + Buffer.byteLength(piece),
-      OVERHEAD + 4 * pieces.length,
-    );
+    let size = OVERHEAD + 4 * parts.length + Buffer.byteLength(to.head);
+    for (const part of parts) size += typeof part === "string" ? Buffer.byteLength(part) : partLength(part);
     if (size <= maxPayload) return true;
     this.events.report(new RangeError(`A packet of ${size} bytes was not sent: maxPayload is ${maxPayload} bytes`));
     return false;
@@ -1745,7 +1776,7 @@ class Outbox {
 
   readonly #flush = (): void => {
     this.#scheduled = false;
-    while (this.#channel && !this.#blocked && !this.#declaring && this.#unconfirmed < WINDOW) {
+    while (this.#channel && !this.#blocked && !this.#closed && !this.#declaring && this.#unconfirmed < WINDOW) {
       if (this.#next > this.#number) {
         if (!this.#draft) break;
         this.#seal(this.#draft);
@@ -1760,6 +1791,7 @@ class Outbox {
       if (entry && !entry.confirmed) this.#publish(this.#channel, entry);
     }
     this.evict();
+    this.#settle();
   };
 
   #settle(): void {
@@ -1796,7 +1828,6 @@ class Outbox {
         if (error) return this.#lose(error);
         entry.confirmed = true;
         this.#unconfirmed--;
-        this.#settle();
         this.#flush();
       });
     } catch (error) {
@@ -1824,7 +1855,7 @@ class Outbox {
     const now = performance.now();
     for (let entry = this.#journal[this.#oldest]; entry; entry = this.#journal[this.#oldest]) {
       if (this.#bytes <= bytes && now - entry.at <= ms) break;
-      this.#journal[this.#oldest++] = undefined as unknown as Entry;
+      this.#journal[this.#oldest++] = undefined;
       this.#bytes -= entry.body.length + ENTRY_OVERHEAD;
       this.#evictedAt = entry.at;
       this.#next = Math.max(this.#next, entry.number + 1);
@@ -1866,6 +1897,7 @@ class Outbox {
     emitter.on("unblocked", () => {
       this.#blocked = false;
       this.#flush();
+      this.events.unblocked();
     });
     await channel.assertExchange(this.root, "direct", NAMESPACE_EXCHANGE);
     this.#declared.add(this.root);
@@ -1910,7 +1942,7 @@ class Outbox {
   /** A message about the cluster itself: sent at once or not at all, and not numbered. Resolves with its success. */
   control(key: string, control: Control, attachment?: Buffer): Promise<boolean> {
     const channel = this.#channel;
-    if (!channel || this.#blocked) return Promise.resolve(false);
+    if (!channel || this.#blocked || this.#closed) return Promise.resolve(false);
     const json = JSON.stringify(control);
     const table = attachment ? [json.length + MORE_PARTS, attachment.length + BINARY] : [json.length];
     const body = encodeFrame(Kind.Control, this.uid, 0, "", 1, table, json, attachment ? [attachment] : []);
@@ -1957,6 +1989,7 @@ class Outbox {
   async close(ms: number): Promise<void> {
     const unconfirmed = await this.confirmed(ms);
     await within(CLOSE_PATIENCE, this.control(ALL_SERVERS, { type: "bye" }));
+    this.#closed = true; // the exchanges may go any moment now
     this.#reportDrops();
     if (unconfirmed > 0) throw new Error(`Closed before the broker confirmed ${unconfirmed} frames`);
   }
@@ -2350,13 +2383,13 @@ function asBinary(value: unknown): Uint8Array | undefined {
   return undefined;
 }
 
-function asPart(part: unknown): Part {
-  const piece = typeof part === "string" ? part : asBinary(part);
-  if (piece === undefined)
-    throw new TypeError(
-      `Cannot send ${Bun.inspect(part)} to other servers; expected strings, buffers and typed arrays`,
-    );
-  return piece;
+/** In UTF-16 code units or bytes. */
+function partLength(part: unknown): number {
+  const length = typeof part === "string" ? part.length : asBinary(part)?.length;
+  if (length !== undefined) return length;
+  throw new TypeError(
+    `Cannot send ${Bun.inspect(part)} to other servers; expected a string, a buffer or a typed array`,
+  );
 }
 
 function toWire({ rooms, except = new Set(), flags: { volatile, compress } = {} }: BroadcastOptions): WireOptions {

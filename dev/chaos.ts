@@ -117,7 +117,7 @@ interface Case {
   /** Nodes of the broker. */
   nodes?: number;
   rates?: number[];
-  /** How many packets in a row go to the same rooms, so that they can share a frame. */
+  /** How many packets in a row go to the same rooms, so that they can share a frame; 4 or 10 ms worth of them by default. */
   streak?: number;
   options?: Partial<AdapterOptions>;
   /** Who the servers are to the broker. */
@@ -193,12 +193,12 @@ function cases(long: number): Case[] {
         const outage = f.cut(f.peers, 4);
         await Bun.sleep(1_000);
         f.kill(f.c);
-        const d = f.add("d", true);
+        const d = f.add("d");
         d.proxy?.cut();
         void d.do("emit");
         await outage;
         d.proxy?.heal();
-        await d.do("ready");
+        await f.welcome(d);
       },
     },
     {
@@ -475,6 +475,8 @@ class Field {
   readonly peers: Peer[] = [];
   /** How many hostile messages are sent. */
   readonly victims = args.quick ? 20_000 : 100_000;
+  /** What the others had sent when a newcomer was ready, by its name. */
+  readonly #since = new Map<string, Report[]>();
   readonly #attempts: number[] = [];
   readonly #proxies: Proxy[] = [];
 
@@ -520,9 +522,9 @@ class Field {
     const memory = new Map((await this.all("report")).map(({ name, memory }) => [name, memory]));
     await this.of.fault(this);
     await Bun.sleep(AFTER * 1_000);
-    const sent = new Map((await this.all("stop")).map((report) => [report.name, report]));
+    const sent = await this.all("stop");
     const reports = await this.#settled(sent);
-    const { lost, frames, where } = shortfall(reports, sent);
+    const { lost, frames, where } = this.#shortfall(reports, sent);
     const streams = reports.flatMap((report) => Object.values(report.streams));
     const bound = reports.reduce((sum, { rooms }) => sum + rooms, 0);
     const complaints: string[] = [];
@@ -533,7 +535,7 @@ class Field {
       if (foreign > 0 && this.of.point !== "hostile") complaints.push(`${foreign} packets reached ${name} garbled`);
     }
     return {
-      sent: [...sent.values()].reduce((sum, report) => sum + report.sent, 0),
+      sent: sent.reduce((sum, report) => sum + report.sent, 0),
       lost,
       where,
       frames,
@@ -574,17 +576,26 @@ class Field {
   }
 
   /** Starts a server: behind a proxy of its own, or on a node of its own. */
-  add(name: string, newcomer = false): Peer {
+  add(name: string): Peer {
     const index = name.charCodeAt(0) - "a".charCodeAt(0);
     const proxy = this.#proxies[index];
-    const { user = "guest", options = {}, streak = 4 } = this.of;
+    const { user = "guest", options = {}, streak = Math.max(4, this.rate / 100) } = this.of;
     const ports = proxy
       ? [proxy.port]
       : this.brokers.map((_, i) => this.brokers[(i + index) % this.brokers.length]!.port);
     const urls = ports.map((port) => `amqp://${user}:${user}@127.0.0.1:${port}?heartbeat=2`);
-    const peer = new Peer({ name, urls, newcomer, streak, rate: this.rate, options }, proxy);
+    const peer = new Peer({ name, urls, streak, rate: this.rate, options }, proxy);
     this.peers.push(peer);
     return peer;
+  }
+
+  /** From when it is ready, a new server gets everything. */
+  async welcome(peer: Peer): Promise<void> {
+    await peer.do("ready");
+    this.#since.set(
+      peer.settings.name,
+      (await this.all("report")).filter(({ name }) => name !== peer.settings.name),
+    );
   }
 
   all(command: Command): Promise<Report[]> {
@@ -683,46 +694,50 @@ class Field {
   }
 
   /** Waits until all has arrived, or nothing has for a while. */
-  async #settled(sent: Map<string, Report>): Promise<Report[]> {
+  async #settled(sent: Report[]): Promise<Report[]> {
     let reports = await this.all("report");
-    let before = shortfall(reports, sent).lost;
+    let before = this.#shortfall(reports, sent).lost;
     for (let since = performance.now(); before > 0 && performance.now() - since < PATIENCE * 1_000;) {
       await Bun.sleep(100);
       reports = await this.all("report");
-      const { lost } = shortfall(reports, sent);
+      const { lost } = this.#shortfall(reports, sent);
       if (lost < before) since = performance.now();
       before = lost;
     }
     return reports;
   }
 
+  /** What has not arrived: per listener, and per pair of servers. */
+  #shortfall(reports: Report[], sent: Report[]): Pick<Outcome, "lost" | "frames" | "where"> {
+    const where: string[] = [];
+    let lost = 0;
+    let frames = 0;
+    for (const { name, streams } of reports) {
+      for (const { name: sender, ...total } of sent) {
+        const since = this.#since.get(name)?.find((report) => report.name === sender);
+        const missing = (listener: string, what: "sent" | "calls") => {
+          const { last, gaps } = streams[`${listener}<${sender}`] ?? { last: 0, gaps: [] };
+          const owed = [...gaps, [last + 1, total[what]] as const]
+            .map(([from, to]) => [Math.max(from, (since?.[what] ?? 0) + 1), to] as const)
+            .filter(([from, to]) => from <= to);
+          const sum = owed.reduce((sum, [from, to]) => sum + to - from + 1, 0);
+          const ranges = owed.slice(0, 3).map((gap) => gap.join("–"));
+          if (owed.length > 3) ranges.push("…");
+          if (sum > 0) where.push(`${listener} of ${name} lacks ${sum} of ${sender}: ${ranges.join(", ")}`);
+          lost += sum;
+          return sum;
+        };
+        frames += Math.max(...CLIENTS.map((client) => missing(client, "sent")));
+        if (sender !== name) frames += missing("server", "calls");
+      }
+    }
+    return { lost, frames, where };
+  }
+
   /** How many room bindings the broker has. */
   async #bound(): Promise<number> {
     return (await this.broker.bindings(`${PREFIX}/#`)).length;
   }
-}
-
-/** What has not arrived: per listener, and per pair of servers. */
-function shortfall(reports: Report[], sent: Map<string, Report>, since: Report[]): { lost: number; frames: number; where: string[] } {
-  const where: string[] = [];
-  let lost = 0;
-  let frames = 0;
-  for (const { name, streams } of reports) {
-    for (const [sender, { sent: packets, calls }] of sent) {
-      const missing = (listener: string, count: number) => {
-        const { last, gaps } = streams[`${listener}<${sender}`] ?? { last: 0, gaps: [] };
-        const all = last < count ? [...gaps, [last + 1, count]] : gaps;
-        const sum = all.reduce((sum, [from = 0, to = 0]) => sum + to - from + 1, 0);
-        if (sum > 0)
-          where.push(`${listener} of ${name} has not got ${all.map((gap) => gap.join("–")).join(", ")} of ${sender}`);
-        lost += sum;
-        return sum;
-      };
-      frames += Math.max(...CLIENTS.map((client) => missing(client, packets)));
-      if (sender !== name) frames += missing("server", calls);
-    }
-  }
-  return { lost, frames, where };
 }
 
 /** Whether it came true within some seconds. */
@@ -738,8 +753,6 @@ interface ServerSettings {
   name: string;
   urls: string[];
   rate: number;
-  /** Started among others: the first packet it gets of a server need not be that server's first. */
-  newcomer: boolean;
   streak: number;
   options: Partial<AdapterOptions>;
 }
@@ -768,11 +781,10 @@ interface Report {
 
 /** What one listener has got of one server: numbers that grow by one. */
 class Stream {
+  last = 0;
   doubled = 0;
   reordered = 0;
   readonly #missing = new Set<number>();
-
-  constructor(public last: number) {}
 
   take(n: number): void {
     if (n > this.last) {
@@ -832,7 +844,7 @@ function sealed(name: string, n: number): Buffer {
   return attachment;
 }
 
-async function serve({ name, urls, rate, newcomer, streak, options }: ServerSettings): Promise<void> {
+async function serve({ name, urls, rate, streak, options }: ServerSettings): Promise<void> {
   const unhandled: string[] = [];
   for (const event of ["unhandledRejection", "uncaughtException"])
     process.on(event, (error: unknown) => unhandled.push(`${name}: ${event}: ${Bun.inspect(error)}`));
@@ -864,7 +876,7 @@ async function serve({ name, urls, rate, newcomer, streak, options }: ServerSett
     }
     const key = `${listener}<${sender as string}`;
     let stream = streams.get(key);
-    if (!stream) streams.set(key, (stream = new Stream(newcomer && sender !== name ? (n as number) - 1 : 0)));
+    if (!stream) streams.set(key, (stream = new Stream()));
     stream.take(n as number);
   };
 
@@ -898,7 +910,7 @@ async function serve({ name, urls, rate, newcomer, streak, options }: ServerSett
   const emit = () => {
     const n = ++sent;
     destinations[Math.floor(n / streak) % 4]?.emit("n", name, n, n % 5 === 0 ? sealed(name, n) : seal(name, n));
-    if (n % 20 === 0) io.serverSideEmit("n", name, ++calls, seal(name, calls));
+    if (n % (streak * 5) === 0) io.serverSideEmit("n", name, ++calls, seal(name, calls));
   };
 
   const report = (): Report => ({
