@@ -733,8 +733,6 @@ const PROBE_INTERVAL = 100;
 const ASK_AGAIN = 500;
 /** How many replayed frames may be unconfirmed. */
 const REPLAY_WINDOW = 64;
-/** Added to the time for which this server was deaf, for what was under way (ms). */
-const DEAF_SLACK = 2_000;
 /** How many strangers are remembered at most, so that forged ids cannot fill the memory. */
 const MAX_PEERS = 10_000;
 
@@ -768,8 +766,8 @@ class Member {
   #unannounced = false;
   /** When the queue last delivered something (ms, monotonic); NaN before the first connection. */
   #heard = NaN;
-  /** Since when what was sent to this server may be missing, and when it was back; until the journals are past that. */
-  #deaf: { since: number; until: number } | undefined;
+  /** When this server was back after an outage (ms, monotonic): for a journal's time, strangers may have been missed. */
+  #back: number | undefined;
   #heartbeat: Timeout | undefined;
   #probing: Timeout | undefined;
   #asking: Timeout | undefined;
@@ -894,7 +892,7 @@ class Member {
     const options = { exclusive: true, autoDelete: true, durable: false, arguments: this.settings.queueArguments };
     await channel.assertQueue(queue, options);
     if (!Number.isNaN(this.#heard)) {
-      this.#deaf = { since: this.#deaf?.since ?? this.#heard, until: Infinity };
+      this.#back = Infinity;
       for (const peer of this.#peers.values()) this.#miss(peer);
     }
     const receive = (message: ConsumeMessage | null) =>
@@ -903,7 +901,7 @@ class Member {
     const keys = [ALL_SERVERS, `${ALL_SERVERS}${this.uid}`];
     await this.topology.up(model, queue, lose, this.#root, keys, () => this.#allBindings());
     this.#heard = performance.now();
-    if (this.#deaf) this.#deaf.until = this.#heard;
+    if (this.#back !== undefined) this.#back = this.#heard;
   }
 
   #receive({ content, fields, properties }: ConsumeMessage): void {
@@ -996,7 +994,7 @@ class Member {
         gap: undefined,
       };
       this.#peers.set(uid, peer);
-      if (this.#deaf) this.#miss(peer); // it may have come while this server was deaf
+      if (this.#back !== undefined) this.#miss(peer); // it may have come during the outage
     }
     return peer;
   }
@@ -1033,10 +1031,10 @@ class Member {
     const now = performance.now();
     const { heartbeatTimeout, journal } = this.settings;
     this.outbox.evict();
-    if (this.#deaf && now - this.#deaf.until > journal.ms) this.#deaf = undefined;
+    if (this.#back !== undefined && now - this.#back > journal.ms) this.#back = undefined;
     // While this server is deaf itself, silence says nothing.
     for (const peer of this.#consuming.connected ? this.#peers.values() : []) {
-      const silence = now - Math.max(peer.seen, this.#deaf?.until ?? 0);
+      const silence = now - Math.max(peer.seen, this.#back ?? 0);
       if (peer.namespaces && silence > heartbeatTimeout) this.#gone(peer);
       // Kept longer than its journal lasts, for it may come back and send again what has been seen.
       if (silence > heartbeatTimeout + journal.ms) this.#peers.delete(peer.uid);
@@ -1171,8 +1169,7 @@ class Member {
       if (now < gap.askAt) continue;
       gap.askAt = now + ASK_AGAIN;
       const last = Number.isNaN(peer.last) ? undefined : peer.last;
-      const deaf = now - (this.#deaf?.since ?? now) + DEAF_SLACK;
-      void this.#tell(peer.uid, { type: "ask", id: gap.id, last, doubt: gap.doubt, deaf });
+      void this.#tell(peer.uid, { type: "ask", id: gap.id, last, doubt: gap.doubt });
     }
     if (open) this.#asking ??= setInterval(() => this.#ask(), ASK_AGAIN);
     else {
@@ -1182,10 +1179,10 @@ class Member {
   }
 
   /** Sends a peer what it has missed: straight to its queue, in order, a few frames at a time. */
-  async #answer(uid: string, { id, last, doubt, deaf }: Control & { type: "ask" }): Promise<void> {
+  async #answer(uid: string, { id, last, doubt }: Control & { type: "ask" }): Promise<void> {
     if (this.#answering.get(uid) === id) return; // asked again meanwhile
     this.#answering.set(uid, id);
-    const { from, lost, bodies } = this.outbox.since(uid, last, doubt, deaf);
+    const { from, lost, bodies } = this.outbox.since(uid, last, doubt);
     let confirmed = this.#tell(uid, { type: "begin", id, from, lost });
     for (const [index, body] of bodies.entries()) {
       confirmed = this.#tell(uid, { type: "again", id }, body);
@@ -1643,6 +1640,15 @@ interface Entry {
   confirmed: boolean;
 }
 
+/** The answer to a peer's question what it has missed. */
+interface Missed {
+  /** The number of the first frame. */
+  from: number;
+  /** How many before it the journal no longer holds. */
+  lost: number;
+  bodies: Buffer[];
+}
+
 interface OutboxEvents {
   report(error: Error): void;
   /** A message to one queue came back: there is no such queue. */
@@ -1651,7 +1657,7 @@ interface OutboxEvents {
   unblocked(): void;
 }
 
-/** How many frames may be unconfirmed before the next one waits, and grows. */
+/** How many frames may be unconfirmed before one that still grows waits, and grows on. */
 const WINDOW = 8;
 /** A frame takes packets up to about this size, in bytes. */
 const FRAME_SIZE = 32 * 1024;
@@ -1681,7 +1687,6 @@ class Outbox {
   /** Index of the oldest entry: what is before it has left the journal. */
   #oldest = 0;
   #bytes = 0;
-  #evictedAt = -Infinity;
   #draft: Draft | undefined;
   #number = 0;
   /** The next to be sent on this connection, and the last ever sent on any. */
@@ -1690,6 +1695,7 @@ class Outbox {
   /** The first that is sent for the first time on this connection. */
   #fresh = 1;
   #unconfirmed = 0;
+  #inFlight = 0;
   /** This one and all before it are confirmed, or gone. */
   #settled = 0;
   readonly #waiters: { number: number; resolve: () => void }[] = [];
@@ -1776,9 +1782,9 @@ class Outbox {
 
   readonly #flush = (): void => {
     this.#scheduled = false;
-    while (this.#channel && !this.#blocked && !this.#closed && !this.#declaring && this.#unconfirmed < WINDOW) {
+    while (this.#channel && !this.#blocked && !this.#closed && !this.#declaring && this.#hasRoom()) {
       if (this.#next > this.#number) {
-        if (!this.#draft) break;
+        if (!this.#draft || this.#unconfirmed >= WINDOW) break;
         this.#seal(this.#draft);
       }
       const entry = this.#entry(this.#next);
@@ -1793,6 +1799,11 @@ class Outbox {
     this.evict();
     this.#settle();
   };
+
+  /** Frames that are complete, for they can no longer grow, go on while their bytes fill no full window. */
+  #hasRoom(): boolean {
+    return this.#unconfirmed < WINDOW || this.#inFlight < WINDOW * FRAME_SIZE;
+  }
 
   #settle(): void {
     while (this.#settled < this.#number && (this.#entry(this.#settled + 1)?.confirmed ?? true)) this.#settled++;
@@ -1820,6 +1831,7 @@ class Outbox {
     entry.sent = true;
     this.#sent = Math.max(this.#sent, number);
     this.#unconfirmed++;
+    this.#inFlight += body.length;
     this.#counts.framesSent++;
     this.#counts.packetsSent += packets;
     try {
@@ -1828,6 +1840,7 @@ class Outbox {
         if (error) return this.#lose(error);
         entry.confirmed = true;
         this.#unconfirmed--;
+        this.#inFlight -= body.length;
         this.#flush();
       });
     } catch (error) {
@@ -1857,7 +1870,6 @@ class Outbox {
       if (this.#bytes <= bytes && now - entry.at <= ms) break;
       this.#journal[this.#oldest++] = undefined;
       this.#bytes -= entry.body.length + ENTRY_OVERHEAD;
-      this.#evictedAt = entry.at;
       this.#next = Math.max(this.#next, entry.number + 1);
       if (!entry.confirmed && !entry.to.volatile) this.#drop();
     }
@@ -1919,7 +1931,7 @@ class Outbox {
     this.#channel = this.#model = undefined;
     this.#declared.clear();
     this.#declaring = this.#blocked = false;
-    this.#unconfirmed = 0;
+    this.#unconfirmed = this.#inFlight = 0;
   }
 
   #dropLargest(error: Error): void {
@@ -1957,32 +1969,22 @@ class Outbox {
     });
   }
 
-  /** What a peer has missed: the frames after `last` (or from `doubt`, if `last` cannot be), not older than `deaf` ms. */
-  since(
-    uid: string,
-    last: number | undefined,
-    doubt: number | undefined,
-    deaf: number,
-  ): { from: number; lost: number; bodies: Buffer[] } {
+  /**
+   * What a peer has missed, of what was sent: the frames after `last`, or all if it knows of none. A `doubt` that was sent
+   * once, on this connection, shows that `last` was forged; then it is the first one missed.
+   */
+  since(uid: string, last: number | undefined, doubt: number | undefined): Missed {
     this.evict();
     const oldest = this.#journal[this.#oldest]?.number ?? this.#number + 1;
-    const forged = doubt !== undefined && doubt >= this.#fresh;
-    const after = forged ? doubt - 1 : last;
-    const earliest = performance.now() - deaf;
-    const wanted = after === undefined || after > this.#sent ? oldest : after + 1;
-    const known = after !== undefined && after <= this.#sent && (forged || this.#evictedAt >= earliest);
-    let from = Math.max(wanted, oldest);
+    const wanted = doubt !== undefined && doubt >= this.#fresh ? doubt : (last ?? Infinity) + 1;
+    const from = wanted > this.#sent + 1 ? oldest : Math.max(wanted, oldest);
     const bodies: Buffer[] = [];
     for (let number = from; number < this.#next; number++) {
       const entry = this.#entry(number);
-      if (!entry || (!forged && entry.at < earliest && bodies.length === 0)) {
-        from = number + 1;
-        continue;
-      }
-      const { key } = entry.to;
-      if (!entry.to.volatile && (!key.startsWith("@") || key === `@${uid}`)) bodies.push(entry.body);
+      const forOthers = entry?.to.key.startsWith(ALL_SERVERS) && entry.to.key !== `${ALL_SERVERS}${uid}`;
+      if (entry && !entry.to.volatile && !forOthers) bodies.push(entry.body);
     }
-    return { from, lost: known ? Math.max(0, oldest - wanted) : 0, bodies };
+    return { from, lost: Math.max(0, oldest - wanted), bodies };
   }
 
   /** Waits up to `ms` until the broker has confirmed everything, and says goodbye. */
@@ -2285,8 +2287,8 @@ type Control =
   | { type: "bye" | "ping" }
   /** A peer's queue is gone; whoever knows it may look for itself. */
   | { type: "missing"; uid: string }
-  /** Asks for the frames after `last`, not older than `deaf` ms; `doubt` is a number that contradicts `last`. */
-  | { type: "ask"; id: number; last?: number | undefined; doubt?: number | undefined; deaf: number }
+  /** Asks for the frames after `last`; `doubt` is a number that contradicts `last`. */
+  | { type: "ask"; id: number; last?: number | undefined; doubt?: number | undefined }
   /** The answer: it begins with number `from`, `lost` are gone; then each frame again; then the end. */
   | { type: "begin"; id: number; from: number; lost: number }
   | { type: "again" | "end"; id: number };
@@ -2319,11 +2321,8 @@ const CONTROLS: Checks<Control> = {
   bye: () => true,
   ping: () => true,
   missing: ({ uid }) => typeof uid === "string",
-  ask: ({ id, last, doubt, deaf }) =>
-    isNumber(id) &&
-    (last === undefined || isNumber(last)) &&
-    (doubt === undefined || isNumber(doubt)) &&
-    isNumber(deaf),
+  ask: ({ id, last, doubt }) =>
+    isNumber(id) && (last === undefined || isNumber(last)) && (doubt === undefined || isNumber(doubt)),
   begin: ({ id, from, lost }) => isNumber(id) && isNumber(from) && isNumber(lost),
   again: ({ id }) => isNumber(id),
   end: ({ id }) => isNumber(id),
