@@ -1442,8 +1442,8 @@ class Bindings {
 
   /** The rooms that a foreign message means; undefined if it is not for this namespace. */
   roomsOf(exchange: string, keys: string[]): Room[] | undefined {
-    if (exchange === this.exchange) return keys.includes(EVERYONE) ? [] : keys.flatMap((key) => this.#roomsUnder(key));
-    for (const key of this.viaExchange) if (this.roomExchange(key) === exchange) return this.#roomsUnder(key);
+    if (exchange === this.exchange) return keys.includes(EVERYONE) ? [] : keys.flatMap((key) => this.roomsUnder(key));
+    for (const key of this.viaExchange) if (this.roomExchange(key) === exchange) return this.roomsUnder(key);
     return undefined;
   }
 
@@ -1451,7 +1451,7 @@ class Bindings {
     return this.names.roomExchange(this.nsp, key);
   }
 
-  #roomsUnder(key: string): Room[] {
+  roomsUnder(key: string): Room[] {
     if (key.startsWith("#")) return sameKey(key.slice(1));
     return [...this.rooms()].filter((room) => routingKey(room) === key);
   }
@@ -1477,14 +1477,19 @@ interface Session {
   readonly queue: string;
   readonly lose: Lose;
   readonly lanes: Lane[];
-  roomExchanges: number;
+  readonly everything: () => Bindings[];
+  /** Whether there are too many rooms for exchanges of their own. */
+  crowded: boolean;
 }
 
 const LANES = 8;
+/** After a loss, a queue with more bindings than this is waited for until it is gone, for so many ms. */
+const MANY_BINDINGS = 500;
+const REMOVAL_PATIENCE = 10_000;
 /**
- * How many rooms of a server get an exchange of their own; the others are bound straight to the namespace's. When a queue
- * goes, RabbitMQ deletes its auto-delete exchanges in one transaction, in a time that grows with their square, and other
- * operations wait: measured with 3.10, 250 take 1 s, 500 take 5 s, 2,000 almost three minutes.
+ * Up to this many rooms of a server have exchanges of their own; with more, all are bound straight to the namespace's. When
+ * a queue goes, RabbitMQ deletes its auto-delete exchanges in one transaction, in a time that grows with their square, and
+ * other operations wait: measured with 3.10, 250 rooms take 1 s, 500 take 5 s, 2,000 almost three minutes.
  */
 const MAX_ROOM_EXCHANGES = 100;
 /** How often an operation is tried that meets an exchange which another server's last leave has just deleted. */
@@ -1493,6 +1498,8 @@ const ATTEMPTS = 20;
 /** Binds and unbinds until what is bound is what is wanted. Joins, leaves, reconnects and closes are all this. */
 class Topology {
   #session: Session | undefined;
+  /** The queue that was lost with the last connection, and how many bindings it had. */
+  #lost = { queue: "", bindings: 0 };
 
   /** Opens the channels on a new queue and binds everything that is wanted. */
   async up(
@@ -1503,23 +1510,36 @@ class Topology {
     keys: string[],
     everything: () => Bindings[],
   ): Promise<void> {
+    if (this.#lost.bindings > MANY_BINDINGS) await removed(model, this.#lost.queue);
     const lanes = await Promise.all(Array.from({ length: LANES }, () => openLane(model)));
-    const session: Session = { model, queue, lose, lanes, roomExchanges: 0 };
+    const session: Session = { model, queue, lose, lanes, everything, crowded: false };
     this.#session = session;
+    session.crowded = roomCount(everything()) > MAX_ROOM_EXCHANGES;
     for (const key of keys) await retried(session, lanes[0]!, (channel) => bindNamespace(channel, queue, root, key));
     await Promise.all(everything().map((bindings) => this.followAll(bindings)));
   }
 
   down(all: Iterable<Bindings>): void {
-    const lanes = this.#session?.lanes ?? [];
+    const { lanes = [], queue = this.#lost.queue } = this.#session ?? {};
+    if (this.#session) this.#lost = { queue, bindings: 0 };
     this.#session = undefined;
     for (const lane of lanes) void Promise.resolve(lane.drained).then(() => discard(lane.channel));
     for (const bindings of all) {
+      this.#lost.bindings += bindings.bound.size;
       bindings.bound.clear();
       bindings.viaExchange.clear();
       for (const work of bindings.work.values()) work.done.resolve();
       bindings.work.clear();
     }
+  }
+
+  /** Gives up the rooms' exchanges once there are too many of them. */
+  #crowd(session: Session): void {
+    const all = session.everything();
+    if (all.reduce((sum, { viaExchange }) => sum + viaExchange.size, 0) <= MAX_ROOM_EXCHANGES) return;
+    session.crowded = true;
+    for (const bindings of all)
+      for (const key of bindings.viaExchange) void this.follow(bindings, bindings.roomsUnder(key)[0]);
   }
 
   /** Makes all bindings of a namespace what is wanted of them. */
@@ -1536,7 +1556,7 @@ class Topology {
     const key = room === undefined ? EVERYONE : routingKey(room);
     const pending = bindings.work.get(key);
     if (pending) return pending.done.promise;
-    if (bindings.bound.has(key) === bindings.wants(room)) return undefined;
+    if (isAsWanted(session, bindings, room, key)) return undefined;
     const work: Work = { bindings, room, key, done: Promise.withResolvers<void>() };
     bindings.work.set(key, work);
     // Each room always on the same lane, so that its operations keep their order.
@@ -1552,14 +1572,14 @@ class Topology {
       for (let work = lane.queue.shift(); work && this.#session === session; work = lane.queue.shift()) {
         const { bindings, room, key, done } = work;
         if (room !== undefined) await bindings.work.get(EVERYONE)?.done.promise; // its exchange comes first
-        for (let wanted = bindings.wants(room); wanted !== bindings.bound.has(key); wanted = bindings.wants(room)) {
-          await (wanted ? bind(session, lane, bindings, key) : unbind(session, lane, bindings, key));
+        while (!isAsWanted(session, bindings, room, key)) {
+          if (bindings.wants(room)) await bind(session, lane, bindings, key);
+          else await unbind(session, lane, bindings, key);
           if (this.#session !== session) return;
-          if (wanted) bindings.bound.add(key);
-          else bindings.bound.delete(key);
         }
         bindings.work.delete(key);
         done.resolve();
+        if (!session.crowded && bindings.viaExchange.has(key)) this.#crowd(session);
       }
     } catch (error) {
       if (this.#session === session) session.lose(asError(error));
@@ -1567,6 +1587,27 @@ class Topology {
       lane.drained = undefined;
     }
   }
+}
+
+/** Waits, within bounds, until the broker has removed a queue: new bindings made meanwhile make it begin again and again. */
+async function removed(model: AmqpConnection, queue: string): Promise<void> {
+  const until = performance.now() + REMOVAL_PATIENCE;
+  for (let gone = false; !gone && performance.now() < until;) {
+    const { channel } = await openLane(model);
+    // Somebody else's exclusive queue is 405, and none at all 404; either closes the channel.
+    await channel.checkQueue(queue).catch((error: BrokerError) => (gone = error.code === 404));
+    discard(channel);
+    if (!gone) await Bun.sleep(50);
+  }
+}
+
+function isAsWanted(session: Session, bindings: Bindings, room: Room | undefined, key: string): boolean {
+  if (session.crowded && bindings.viaExchange.has(key)) return false;
+  return bindings.wants(room) === bindings.bound.has(key);
+}
+
+function roomCount(all: Bindings[]): number {
+  return all.reduce((sum, bindings) => sum + [...bindings.rooms()].length, 0);
 }
 
 async function openLane(model: AmqpConnection): Promise<Lane> {
@@ -1599,27 +1640,33 @@ async function bindNamespace(channel: Channel, queue: string, exchange: string, 
 
 async function bind(session: Session, lane: Lane, bindings: Bindings, key: string): Promise<void> {
   const { queue } = session;
-  const { exchange, roomExchanges, viaExchange } = bindings;
-  if (key === EVERYONE) return retried(session, lane, (channel) => bindNamespace(channel, queue, exchange, key));
-  if (!roomExchanges || session.roomExchanges >= MAX_ROOM_EXCHANGES)
-    return retried(session, lane, (channel) => channel.bindQueue(queue, exchange, key));
-  session.roomExchanges++;
-  const roomExchange = bindings.roomExchange(key);
-  await retried(session, lane, async (channel) => {
-    await channel.assertExchange(roomExchange, "fanout", ROOM_EXCHANGE);
-    await channel.bindQueue(queue, roomExchange, ""); // first the queue, which keeps the exchange alive
-    await channel.bindExchange(roomExchange, exchange, key);
-  });
-  viaExchange.add(key);
+  const { exchange, bound, viaExchange } = bindings;
+  if (key === EVERYONE) await retried(session, lane, (channel) => bindNamespace(channel, queue, exchange, key));
+  else if (session.crowded || !bindings.roomExchanges) {
+    await retried(session, lane, (channel) => channel.bindQueue(queue, exchange, key));
+    if (viaExchange.has(key)) await unbindRoom(session, lane, bindings, key); // the queue gets one copy, whatever the ways
+  } else {
+    const roomExchange = bindings.roomExchange(key);
+    await retried(session, lane, async (channel) => {
+      await channel.assertExchange(roomExchange, "fanout", ROOM_EXCHANGE);
+      await channel.bindQueue(queue, roomExchange, ""); // first the queue, which keeps the exchange alive
+      await channel.bindExchange(roomExchange, exchange, key);
+    });
+    viaExchange.add(key);
+  }
+  bound.add(key);
+}
+
+async function unbind(session: Session, lane: Lane, bindings: Bindings, key: string): Promise<void> {
+  if (bindings.viaExchange.has(key)) await unbindRoom(session, lane, bindings, key);
+  else await retried(session, lane, (channel) => channel.unbindQueue(session.queue, bindings.exchange, key));
+  bindings.bound.delete(key);
 }
 
 /** The last one to unbind deletes the exchange. */
-async function unbind(session: Session, lane: Lane, bindings: Bindings, key: string): Promise<void> {
-  const { queue } = session;
-  if (!bindings.viaExchange.delete(key))
-    return retried(session, lane, (channel) => channel.unbindQueue(queue, bindings.exchange, key));
-  await retried(session, lane, (channel) => channel.unbindQueue(queue, bindings.roomExchange(key), ""));
-  session.roomExchanges--;
+async function unbindRoom(session: Session, lane: Lane, bindings: Bindings, key: string): Promise<void> {
+  await retried(session, lane, (channel) => channel.unbindQueue(session.queue, bindings.roomExchange(key), ""));
+  bindings.viaExchange.delete(key);
 }
 
 // ── Outbox: frames on their way to the broker, and the journal of those that were sent ───────────────────────────────
