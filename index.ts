@@ -2055,8 +2055,9 @@ class Outbox {
   /** Waits up to `ms` until the broker has confirmed everything, and says goodbye. */
   async close(ms: number): Promise<void> {
     const unconfirmed = await this.confirmed(ms);
-    await within(CLOSE_PATIENCE, this.control(ALL_SERVERS, { type: "bye" }));
-    this.#closed = true; // the exchanges may go any moment now
+    const goodbye = this.control(ALL_SERVERS, { type: "bye" });
+    this.#closed = true; // nothing may come behind it: the exchanges go any moment now
+    await within(CLOSE_PATIENCE, goodbye);
     this.#reportDrops();
     if (unconfirmed > 0) throw new Error(`Closed before the broker confirmed ${unconfirmed} frames`);
   }

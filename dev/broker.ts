@@ -133,6 +133,7 @@ function privateNode(name: string, { folder, server, epmd, cookie, seed }: Place
   const env = {
     PATH: process.env.PATH ?? "",
     HOME: home, // holds the cookie
+    ERL_CRASH_DUMP: join(home, "erl_crash.dump"),
     ERL_EPMD_PORT: `${epmd}`,
     ERL_FLAGS: "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}", // a port mapper of Erlang's own would stay
     RABBITMQ_NODENAME: node,

@@ -122,8 +122,6 @@ export interface Redis {
   readonly pid: number;
   /** How many commands it has carried out. */
   operations(): Promise<number>;
-  /** Drops the connections of its subscribers. */
-  cut(): Promise<void>;
   close(): Promise<void>;
 }
 
@@ -146,7 +144,6 @@ export async function startRedis(): Promise<Redis | undefined> {
       const calls = [...stats.matchAll(/cmdstat_(?!info|ping)\S+?:calls=(\d+)/g)];
       return calls.reduce((sum, [, count]) => sum + Number(count), 0);
     },
-    cut: async () => void (await client.send("CLIENT", ["KILL", "TYPE", "pubsub"])),
     async close() {
       client.close();
       child.kill("SIGKILL");

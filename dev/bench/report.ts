@@ -3,7 +3,10 @@ import { TRANSPORTS, type Transport } from "./transports.ts";
 
 export interface Figure {
   title: string;
+  /** Empty for a count. */
   unit: string;
+  /** Whether a ratio would say nothing: the others' figure is about zero. */
+  absolute?: boolean;
 }
 
 /** What must hold: a figure of the adapter, as it is, or as a multiple of another transport's or of another figure. */
@@ -39,7 +42,7 @@ export function summarise(
   for (const [name, figure] of Object.entries(figures)) {
     const row = samples.get(name);
     if (!row) continue;
-    const base = row.has(baseline) ? median(row.get(baseline) ?? []) : 0;
+    const base = row.has(baseline) && !figure.absolute ? median(row.get(baseline) ?? []) : 0;
     const values: Result["values"] = {};
     for (const [transport, samples] of row)
       values[transport] = { median: median(samples), ratio: base > 0 ? median(samples) / base : undefined, samples };
