@@ -746,6 +746,18 @@ describe("namespaces", () => {
     expect(await milliseconds(() => late.fetchSockets())).toBeLessThan(500);
     expect(await late.timeout(2_000).emitWithAck("name?")).toEqual(["late"]);
   });
+
+  test("close together, with what is being bound and unbound", async () => {
+    for (let round = 0; round < 8; round++) {
+      const nodes = await cluster();
+      for (const { io } of nodes) io.of("/chat");
+      await Promise.all(nodes.map(({ io }) => adapterOf(io, "/chat").ready));
+      const [ann] = await Promise.all([join(nodes[2], ["red"]), join(nodes[1], ["red"], "/chat")]);
+      void ann.socket.join("green");
+      await Promise.all(nodes.map(({ io }) => io.close()));
+      expect([await exchanges(), await queues()]).toEqual([[], []]);
+    }
+  });
 });
 
 describe("rooms and sockets of an adapter", () => {

@@ -793,7 +793,7 @@ class Member {
       up: (model, lose) => this.#consume(model, lose),
       settled,
       down: () => {
-        this.topology.down(this.#allBindings());
+        this.topology.down();
         discard(this.#channel);
       },
     });
@@ -848,6 +848,7 @@ class Member {
     // What is under way needs the exchange, which goes with the last binding.
     if (this.outbox.connected) await this.outbox.confirmed(this.settings.requestsTimeout);
     await this.topology.followAll(tenant.bindings);
+    this.topology.forget(tenant.bindings);
   }
 
   /** Waits up to `ms` for the broker to confirm what was sent; rejects if it has not. Leaves nothing on the broker. */
@@ -1477,7 +1478,8 @@ interface Session {
   readonly queue: string;
   readonly lose: Lose;
   readonly lanes: Lane[];
-  readonly everything: () => Bindings[];
+  /** The namespaces that have or had bindings. */
+  readonly touched: Set<Bindings>;
   /** Whether there are too many rooms for exchanges of their own. */
   crowded: boolean;
 }
@@ -1512,19 +1514,20 @@ class Topology {
   ): Promise<void> {
     if (this.#lost.bindings > MANY_BINDINGS) await removed(model, this.#lost.queue);
     const lanes = await Promise.all(Array.from({ length: LANES }, () => openLane(model)));
-    const session: Session = { model, queue, lose, lanes, everything, crowded: false };
+    const crowded = roomCount(everything()) > MAX_ROOM_EXCHANGES;
+    const session: Session = { model, queue, lose, lanes, touched: new Set(), crowded };
     this.#session = session;
-    session.crowded = roomCount(everything()) > MAX_ROOM_EXCHANGES;
     for (const key of keys) await retried(session, lanes[0]!, (channel) => bindNamespace(channel, queue, root, key));
     await Promise.all(everything().map((bindings) => this.followAll(bindings)));
   }
 
-  down(all: Iterable<Bindings>): void {
-    const { lanes = [], queue = this.#lost.queue } = this.#session ?? {};
-    if (this.#session) this.#lost = { queue, bindings: 0 };
+  down(): void {
+    const session = this.#session;
+    if (!session) return;
     this.#session = undefined;
-    for (const lane of lanes) void Promise.resolve(lane.drained).then(() => discard(lane.channel));
-    for (const bindings of all) {
+    this.#lost = { queue: session.queue, bindings: 0 };
+    for (const lane of session.lanes) void Promise.resolve(lane.drained).then(() => discard(lane.channel));
+    for (const bindings of session.touched) {
       this.#lost.bindings += bindings.bound.size;
       bindings.bound.clear();
       bindings.viaExchange.clear();
@@ -1533,12 +1536,18 @@ class Topology {
     }
   }
 
+  /** A namespace has closed. */
+  forget(bindings: Bindings): void {
+    this.#session?.touched.delete(bindings);
+  }
+
   /** Gives up the rooms' exchanges once there are too many of them. */
   #crowd(session: Session): void {
-    const all = session.everything();
-    if (all.reduce((sum, { viaExchange }) => sum + viaExchange.size, 0) <= MAX_ROOM_EXCHANGES) return;
+    let exchanges = 0;
+    for (const { viaExchange } of session.touched) exchanges += viaExchange.size;
+    if (exchanges <= MAX_ROOM_EXCHANGES) return;
     session.crowded = true;
-    for (const bindings of all)
+    for (const bindings of session.touched)
       for (const key of bindings.viaExchange) void this.follow(bindings, bindings.roomsUnder(key)[0]);
   }
 
@@ -1559,6 +1568,7 @@ class Topology {
     if (isAsWanted(session, bindings, room, key)) return undefined;
     const work: Work = { bindings, room, key, done: Promise.withResolvers<void>() };
     bindings.work.set(key, work);
+    session.touched.add(bindings);
     // Each room always on the same lane, so that its operations keep their order.
     const lane = session.lanes[key === EVERYONE ? 0 : Bun.hash.crc32(key) % LANES]!;
     lane.queue.push(work);

@@ -3,6 +3,7 @@
  * and the median counts. Machines differ and are noisy: what is worth reading is the ratio within one run.
  */
 import { cpus } from "node:os";
+import { resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { Cluster, cpuOf, startRedis, type Worker } from "./bench/cluster.ts";
 import { chart, judge, summarise, table, targetTable, type Figure, type Target } from "./bench/report.ts";
@@ -15,6 +16,7 @@ const USAGE = `bun run bench [options]
   --rounds N         how often each case is run
   --cases a,b        only these
   --transports a,b   only these
+  --profile FOLDER   puts a CPU profile of each process there
   --json FILE        writes all figures
   --svg FILE         draws the most important ones`;
 
@@ -78,6 +80,7 @@ const { values: options } = parseArgs({
     rounds: { type: "string" },
     cases: { type: "string" },
     transports: { type: "string" },
+    profile: { type: "string" },
     json: { type: "string" },
     svg: { type: "string" },
     help: { type: "boolean", default: false },
@@ -162,7 +165,7 @@ const CASES: Record<string, Case> = {
       const measured: Measured = {};
       for (const servers of [2, 4, 8] as const) {
         while (cluster.workers.length < servers) await (await cluster.add()).call("join", []);
-        await warmUp(sender, [1]);
+        await warmUp(sender, [1], 1);
         const { perSecond, cpu, brokerCpu } = await load(cluster, { slots: [1] });
         measured[`servers${servers}`] = perSecond;
         measured[`servers${servers}Cpu`] = cpu.reduce((sum, server) => sum + server, brokerCpu);
@@ -181,7 +184,9 @@ const CASES: Record<string, Case> = {
       const audience = await cluster.add({ transport: "memory" });
       for (const port of ports) await audience.call("connectClients", port, clients / ports.length);
       await first(cluster).call("probe", ROOM, [2]);
-      const { perSecond } = await load(cluster, { burst: 10, slots: [2], copies: clients, window: 100 });
+      const fanout = { burst: 10, slots: [2], copies: clients, window: 100 };
+      await load(cluster, fanout); // warms up
+      const { perSecond } = await load(cluster, fanout);
       return { fanout: perSecond * clients };
     },
   },
@@ -295,9 +300,11 @@ function trio(transport: Transport): Promise<Cluster> {
 
 const receivers = (transport: Transport): number[] => [transport === "memory" ? 0 : 1];
 
-async function warmUp(sender: Worker, slots: number[]): Promise<void> {
+/** It takes some 200,000 packets until the peers' code has been compiled: a third of the CPU time after the first of them. */
+async function warmUp(sender: Worker, slots: number[], seconds = 3): Promise<void> {
   await sender.call("probe", ROOM, slots);
-  for (const burst of [100, 1]) await sender.call("saturate", { ...LOAD, burst, slots, ms: 300 });
+  await sender.call("saturate", { ...LOAD, slots, ms: seconds * LOAD.ms });
+  await sender.call("saturate", { ...LOAD, slots, burst: 1 });
 }
 
 async function saturate(transport: Transport, options: Partial<Load>): ReturnType<typeof load> {
@@ -361,7 +368,7 @@ async function apart<T>(transport: Transport, run: (server: Worker, broker: OwnB
     if (!redis) throw new Error("no redis-server here");
     const { operations, close } = redis;
     await using cluster = await Cluster.open(1, place(transport, { ...options, redis: redis.url }));
-    return run(first(cluster), { operations, cut: close, kill: close }).finally(close);
+    return await run(first(cluster), { operations, cut: close, kill: close }).finally(close);
   }
   const broker = await startBroker({ name: "apart" });
   try {
@@ -378,7 +385,7 @@ async function apart<T>(transport: Transport, run: (server: Worker, broker: OwnB
 
 function place(transport: Transport, options: Partial<Place> = {}): Omit<Place, "prefix"> {
   const brokers = { amqp: broker.url, redis: redis?.url ?? "" };
-  return { transport, ...brokers, heartbeatInterval: 5_000, counted: false, ...options };
+  return { transport, ...brokers, heartbeatInterval: 5_000, counted: false, profile, ...options };
 }
 
 function first({ workers: [worker] }: Cluster): Worker {
@@ -396,6 +403,7 @@ function named<K extends string>(list: string | undefined, record: Record<K, unk
   return list === undefined ? keys : keys.filter((key) => list.split(",").includes(key));
 }
 
+const profile = options.profile && resolve(options.profile);
 const cases = named(options.cases, CASES);
 const wanted = named(options.transports, TRANSPORTS);
 for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => process.exit(1));

@@ -458,7 +458,8 @@ class Peer {
     const answer = Promise.withResolvers<Report>();
     this.#answers.push(answer);
     this.#process.send(command);
-    return answer.promise;
+    const late = setTimeout(() => answer.reject(new Error(`${this.settings.name} did not ${command}`)), 60_000);
+    return answer.promise.finally(() => clearTimeout(late));
   }
 
   signal(signal: NodeJS.Signals): void {

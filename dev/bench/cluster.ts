@@ -40,16 +40,19 @@ async function startWorker(start: Start): Promise<Worker> {
   // Peers are installed at run time, which Bun does by itself only where there is no node_modules; `fallback` looks there
   // first. What comes from Bun's cache finds its own dependencies in the cache, socket.io-adapter too.
   const flags = ["--install=fallback", "--prefer-offline"];
+  const { transport, profile } = start.place;
+  if (profile)
+    flags.push("--cpu-prof-md", `--cpu-prof-dir=${profile}`, `--cpu-prof-name=${transport}-${start.slot}.md`);
   const command = [process.execPath, ...flags, join(import.meta.dir, "worker.ts"), JSON.stringify(start)];
   const child = Bun.spawn(command, {
     stdio: ["ignore", "inherit", "inherit"],
     ipc({ id, result, error }: Answer) {
       if (error === undefined) calls.get(id)?.resolve(result);
-      else calls.get(id)?.reject(new Error(`${start.place.transport}: ${error}`));
+      else calls.get(id)?.reject(new Error(`${transport}: ${error}`));
       calls.delete(id);
     },
     onExit(_, code) {
-      for (const { reject } of calls.values()) reject(new Error(`a ${start.place.transport} process ended (${code})`));
+      for (const { reject } of calls.values()) reject(new Error(`a ${transport} process ended (${code})`));
     },
   });
   let id = 0;
@@ -61,7 +64,7 @@ async function startWorker(start: Start): Promise<Worker> {
       return answer.promise as ReturnType<typeof worker.call<typeof command>>;
     },
     async close() {
-      child.kill();
+      child.disconnect();
       await child.exited;
     },
   };

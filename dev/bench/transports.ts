@@ -25,6 +25,8 @@ export interface Place {
   heartbeatInterval: number;
   /** Whether operations are counted. */
   counted: boolean;
+  /** A folder for CPU profiles. */
+  profile?: string | undefined;
 }
 
 /** What is told to whoever opened a member. */
@@ -152,7 +154,7 @@ const ADAPTERS: Record<Exclude<Transport, "amqplib">, (place: Place, operation: 
       adapter: createAdapter(options),
       bound(io) {
         const adapter: unknown = io.of("/").adapter;
-        return adapter instanceof AmqpAdapter && adapter.stats.connected ? adapter.stats.rooms : 0;
+        return adapter instanceof AmqpAdapter ? adapter.stats.rooms : 0;
       },
     };
   },
