@@ -43,7 +43,7 @@ interface MemberOptions {
   /**
    * Opens a connection, as `() => connect("amqp://localhost")`. It is called for two connections per Socket.IO server
    * (one consumes, one publishes, for RabbitMQ blocks publishers when it runs low on memory or disk), and again after a
-   * loss: at once, then after 100 ms doubling to 1 s, or to 10 s where the broker refuses. What it returns is closed by
+   * loss: after 100 ms doubling to 1 s, or to 10 s where the broker refuses, less up to a half. What it returns is closed by
    * the adapter. Give it a `heartbeat` (seconds, `amqp://localhost?heartbeat=5`) to notice a dead link in twice the time.
    */
   amqpConnection: () => AmqpConnection | Promise<AmqpConnection>;
@@ -65,7 +65,8 @@ interface MemberOptions {
 export interface AdapterOptions extends MemberOptions {
   /**
    * Whether each room gets an exchange of its own, so that other AMQP clients can publish and bind to it. `false` binds
-   * the server's queue straight to the namespace's exchange: one broker operation for a first join instead of three.
+   * the server's queue straight to the namespace's exchange: one broker operation for a first join instead of three. So
+   * does a server with more than 100 rooms, for RabbitMQ takes minutes to delete thousands of exchanges with a lost queue.
    * Servers of both kinds work together.
    * @default true
    */
@@ -94,7 +95,7 @@ export interface AdapterOptions extends MemberOptions {
    */
   heartbeatTimeout?: number;
   /**
-   * Arguments for the server's queue, such as `{ "x-max-length-bytes": 1e8 }`.
+   * Arguments for the server's queue. With a limit of its length the broker drops messages, and nobody hears of it.
    * @default {}
    */
   queueArguments?: Record<string, unknown>;
@@ -299,6 +300,8 @@ export class AmqpAdapter extends Adapter implements Tenant {
   readonly #settings: Settings;
   readonly #routes: Routes;
   #closing: Promise<void> | undefined;
+  /** The adapter that this one takes the place of: Socket.IO does not close it. */
+  #replaced: AmqpAdapter | undefined;
 
   /** Made by what `createAdapter()` returns. */
   constructor(nsp: Namespace, member: Member, settings: Settings) {
@@ -318,8 +321,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
     this.#routes = new Routes(nsp.name, member.names, bound);
     this.ready = this.opened.promise;
     this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
-    // Socket.IO replaces an adapter without closing it.
-    if (nsp.adapter instanceof AmqpAdapter) void nsp.adapter.close();
+    this.#replaced = nsp.adapter instanceof AmqpAdapter ? nsp.adapter : undefined;
   }
 
   get stats(): AdapterStats {
@@ -328,6 +330,8 @@ export class AmqpAdapter extends Adapter implements Tenant {
 
   override init(): void {
     this.#member.join(this);
+    void this.#replaced?.close();
+    this.#replaced = undefined;
   }
 
   override close(): Promise<void> {
@@ -393,7 +397,14 @@ export class AmqpAdapter extends Adapter implements Tenant {
     for (const parts of packets) {
       let packet = decoded;
       for (const socket of sockets) {
-        if (socket.listenersAnyOutgoing?.().length) socket.notifyOutgoingListeners?.((packet ??= this.#decode(parts)));
+        if (socket.listenersAnyOutgoing?.().length) {
+          try {
+            socket.notifyOutgoingListeners?.((packet ??= this.#decode(parts)));
+          } catch (error) {
+            if (decoded) throw error; // into the emit() of the user who can mend it
+            this.report(new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }));
+          }
+        }
         socket.client.writeToEngine(parts, options);
       }
     }
@@ -486,8 +497,9 @@ export class AmqpAdapter extends Adapter implements Tenant {
     });
     if (peers.length > 0) this.#send({ type: "emit", id, args: args.slice(0, -1) });
     void answered.then((missing) => {
-      if (missing === 0) return callback(null, answers);
-      callback(new Error(`serverSideEmit: ${missing} of ${peers.length} servers did not answer in time`), answers);
+      const late = `serverSideEmit: ${missing} of ${peers.length} servers did not answer in time`;
+      // Not here: what it throws is the user's, and no rejection.
+      queueMicrotask(() => callback(missing > 0 ? new Error(late) : null, answers));
     });
   }
 
@@ -789,7 +801,7 @@ class Member {
     };
     const unreachable = (uid: string) => this.#unreachable(uid);
     this.outbox = new Outbox(this.uid, this.#root, settings, { report, unreachable, unblocked: settled });
-    this.#consuming = new Link("consuming", settings.amqpConnection, report, {
+    this.#consuming = new Link("consuming", settings.prefix, settings.amqpConnection, report, {
       up: (model, lose) => this.#consume(model, lose),
       settled,
       down: () => {
@@ -797,7 +809,7 @@ class Member {
         discard(this.#channel);
       },
     });
-    this.#publishing = new Link("publishing", settings.amqpConnection, report, {
+    this.#publishing = new Link("publishing", settings.prefix, settings.amqpConnection, report, {
       up: (model, lose) => this.outbox.up(model, lose),
       settled,
       down: (error) => this.outbox.down(error),
@@ -863,8 +875,7 @@ class Member {
       await this.outbox.close(ms);
     } finally {
       // One by one: what goes with the queue goes in one transaction, for which the broker's other users wait.
-      const unbound = this.#allBindings().map((bindings) => this.topology.followAll(bindings));
-      await within(UNBIND_PATIENCE, Promise.all(unbound));
+      await within(UNBIND_PATIENCE, this.topology.settle());
       await this.#consuming.close(); // its queue, and with it all bindings
       if (this.#tenants.size === 0) await this.outbox.withdraw();
       await this.#publishing.close();
@@ -912,7 +923,8 @@ class Member {
       const { maxPayload } = this.settings;
       if (content.length > maxPayload)
         throw new FrameError(`a message of ${content.length} bytes; maxPayload is ${maxPayload} bytes`);
-      if (properties.contentType === "application/json") this.#onForeign(content, fields, properties.headers?.["CC"]);
+      if (/^application\/json\b/.test(properties.contentType ?? ""))
+        this.#onForeign(content, fields, properties.headers?.["CC"]);
       else this.#onFrame(readFrame(content));
     } catch (error) {
       this.#reportUnreadable(asError(error), `exchange ${fields.exchange}, routing key ${fields.routingKey}`);
@@ -970,7 +982,13 @@ class Member {
       return;
     }
     const tenant = this.#tenants.get(frame.head);
-    if (tenant) for (const parts of packetsOf(frame)) tenant.onMessage(asMessage(decodeValue(parts)), frame.sender);
+    for (const parts of tenant ? packetsOf(frame) : []) {
+      try {
+        tenant?.onMessage(asMessage(decodeValue(parts)), frame.sender);
+      } catch (error) {
+        this.#reportUnreadable(asError(error), `peer ${peer.uid}`); // the next one has done nothing wrong
+      }
+    }
   }
 
   // Peers: who is there, and with which namespaces.
@@ -1039,7 +1057,9 @@ class Member {
       const silence = now - Math.max(peer.seen, this.#back ?? 0);
       if (peer.namespaces && silence > heartbeatTimeout) this.#gone(peer);
       // Kept longer than its journal lasts, for it may come back and send again what has been seen.
-      if (silence > heartbeatTimeout + journal.ms) this.#peers.delete(peer.uid);
+      if (silence <= heartbeatTimeout + journal.ms) continue;
+      this.#resume(peer, "is gone without saying what it had sent");
+      this.#peers.delete(peer.uid);
     }
     const position = this.outbox.position;
     if (position !== undefined)
@@ -1065,7 +1085,7 @@ class Member {
         return;
       case "bye":
         this.#gone(peer);
-        return this.#resume(peer);
+        return this.#resume(peer, "has closed without saying what it had sent");
       case "ping":
         return;
       case "missing":
@@ -1208,8 +1228,7 @@ class Member {
     const { gap } = peer;
     if (!gap) return;
     peer.gap = undefined;
-    if (failure)
-      this.#report(new Error(`Peer ${peer.uid} ${failure}: frames of it after number ${peer.last} may be lost`));
+    if (failure) this.#report(new Error(`Peer ${peer.uid} ${failure}: frames after number ${peer.last} may be lost`));
     for (const frame of gap.held) {
       frame.again = true; // the peer has just said where it stands: what is not newer is no riddle
       try {
@@ -1259,6 +1278,7 @@ class Link {
 
   constructor(
     readonly name: string,
+    readonly prefix: string,
     readonly connect: () => AmqpConnection | Promise<AmqpConnection>,
     readonly report: (error: Error) => void,
     readonly events: LinkEvents,
@@ -1314,8 +1334,8 @@ class Link {
       this.#lose = undefined;
       if (this.#closed) return;
       // Once per outage, unless there is news.
-      if (error.message !== reported) this.report(explain(error, this.name));
-      reported = error.message;
+      if (kindOf(error) !== reported) this.report(explain(error, this.name, this.prefix));
+      reported = kindOf(error);
       await this.#pause(backoff(attempt, error));
     }
   }
@@ -1386,29 +1406,31 @@ const PERMISSIONS: Record<string, string> = {
   "40,10": "configure",
   "40,20": "configure",
   "50,10": "configure",
-  "40,30": "write or read",
-  "40,40": "write or read",
-  "50,20": "write or read",
-  "50,50": "write or read",
+  "40,30": "write and read",
+  "40,40": "write and read",
   "60,20": "read",
   "60,40": "write",
 };
 
 /** Says what to do where the broker refuses. */
-function explain(error: BrokerError, link: string): Error {
-  const named = /(configure|write|read) access/.exec(error.message)?.[1];
-  const missing = named ?? PERMISSIONS[`${error.classId},${error.methodId}`];
-  const advice =
-    isRefused(error) && missing
-      ? `; grant the user ${missing} permission on "^<prefix>#.*" (rabbitmqctl set_permissions)`
-      : "";
-  return new Error(`The ${link} connection was lost: ${error.message}${advice}`, { cause: error });
+function explain(error: BrokerError, link: string, prefix: string): Error {
+  const { message, classId, methodId } = error;
+  // Newer brokers name the permission; a queue needs write to be bound, and the exchange read.
+  const bound = classId === 50 && methodId !== 10 ? (/to queue/.test(message) ? "write" : "read") : undefined;
+  const missing = /(configure|write|read) access/.exec(message)?.[1] ?? bound ?? PERMISSIONS[`${classId},${methodId}`];
+  const pattern = `^${prefix.replace(/[^\w-]/g, "\\$&")}#`;
+  const advice = isRefused(error) && missing ? `; grant the user ${missing} permission on ${pattern}` : "";
+  return new Error(`The ${link} connection was lost: ${message}${advice}`, { cause: error });
 }
+
+/** The same for each attempt: without the name of the queue, which changes. */
+const kindOf = (error: Error): string => error.message.replace(/'[^']*'/g, "");
 
 /** A channel that goes down with its connection, and takes it down. */
 function watched<C extends Channel>(channel: C, lose: Lose): C {
   channel.on("error", lose);
-  channel.on("close", () => lose(new Error("Channel closed")));
+  // A connection closes its channels first, and then says why.
+  channel.on("close", () => queueMicrotask(() => lose(new Error("Channel closed"))));
   return channel;
 }
 
@@ -1558,6 +1580,11 @@ class Topology {
     await Promise.all([...rooms, ...bindings.work.values().map((work) => work.done.promise)]);
   }
 
+  /** Makes everything what is wanted of it. */
+  async settle(): Promise<void> {
+    await Promise.all([...(this.#session?.touched ?? [])].map((bindings) => this.followAll(bindings)));
+  }
+
   /** Makes one binding what is wanted of it. Returns undefined if it is that already, or while the broker is away. */
   follow(bindings: Bindings, room: Room | undefined): Promise<void> | undefined {
     const session = this.#session;
@@ -1695,7 +1722,6 @@ interface Destination {
 /** A frame that still takes packets. */
 interface Draft {
   readonly to: Destination;
-  readonly at: number;
   readonly table: number[];
   readonly binaries: Uint8Array[];
   text: string;
@@ -1709,7 +1735,7 @@ interface Entry {
   readonly number: number;
   readonly body: Buffer;
   readonly packets: number;
-  /** When its first packet was emitted (ms, monotonic). */
+  /** When it was complete (ms, monotonic). */
   readonly at: number;
   sent: boolean;
   confirmed: boolean;
@@ -1811,7 +1837,7 @@ class Outbox {
       this.#seal(draft);
       draft = undefined;
     }
-    draft ??= this.#draft = { to, at: performance.now(), table: [], binaries: [], text: "", packets: 0, size: 0 };
+    draft ??= this.#draft = { to, table: [], binaries: [], text: "", packets: 0, size: 0 };
     for (let i = 1; i <= parts.length; i++) {
       const part = parts[i - 1];
       const more = i < parts.length ? MORE_PARTS : 0;
@@ -1841,8 +1867,9 @@ class Outbox {
     return false;
   }
 
-  #seal({ to, at, table, text, binaries, packets }: Draft): void {
+  #seal({ to, table, text, binaries, packets }: Draft): void {
     this.#draft = undefined;
+    const at = performance.now();
     const number = ++this.#number;
     const body = encodeFrame(to.kind, this.uid, number, to.head, packets, table, text, binaries);
     this.#journal.push({ to, number, body, packets, at, sent: false, confirmed: false });
@@ -2216,7 +2243,7 @@ const MORE_PARTS = 2 ** 30;
 class FrameError extends Error {}
 class UnknownVersion extends FrameError {
   constructor(
-    version: number | undefined,
+    version: number,
     readonly sender: string,
   ) {
     super(`a frame of version ${version}; this adapter reads version ${VERSION}: update the older servers`);
@@ -2261,8 +2288,10 @@ function markAgain(frame: Buffer): void {
 
 /** The header and head. The packets are read when somebody wants them. */
 function readFrame(body: Buffer): Frame {
-  if (body[0] !== VERSION) throw new UnknownVersion(body[0], body.toString("latin1", 2, 10));
-  if (body.length < HEADER) throw new FrameError(`a frame of ${body.length} bytes`);
+  const version = body[0];
+  if (version === undefined || version === 0 || version >= 0x20 || body.length < HEADER)
+    throw new FrameError(`neither a frame nor of content type application/json (${body.length} bytes)`);
+  if (version !== VERSION) throw new UnknownVersion(version, body.toString("latin1", 2, 10));
   const kind = body[1]! & ~AGAIN;
   const headLength = body.readUInt32BE(16);
   const parts = body.readUInt32BE(24);
