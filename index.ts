@@ -11,6 +11,7 @@
  * the cluster) · the AMQP side (connections, topology, outbox) · frames, values and names (pure functions).
  */
 import { createHash, randomBytes } from "node:crypto";
+import type { Socket as TcpSocket } from "node:net";
 import { debuglog } from "node:util";
 import type { Channel, ChannelModel, ConfirmChannel, ConsumeMessage, Options, RecoveringChannelModel } from "amqplib";
 import { Adapter, type BroadcastFlags, type BroadcastOptions, type Room, type SocketId } from "socket.io-adapter";
@@ -177,9 +178,12 @@ const ADAPTER_DEFAULTS = {
 const isRecord = (value: unknown): value is Record<string, unknown> =>
   typeof value === "object" && value !== null && !Array.isArray(value);
 const isFunction = (value: unknown): boolean => typeof value === "function";
-const positive = (value: unknown): boolean => typeof value === "number" && value > 0 && Number.isFinite(value);
-const milliseconds: Expectation = ["a positive number of ms", positive];
-const bytes: Expectation = ["a positive number of bytes", positive];
+const positive = (value: unknown): boolean => typeof value === "number" && value > 0 && value < 2 ** 31;
+const milliseconds: Expectation = ["a positive number of ms below 2^31", positive];
+const bytes: Expectation = [
+  "a positive number of bytes below 2^30",
+  (value) => positive(value) && Number(value) < 2 ** 30,
+];
 
 const MEMBER_OPTIONS: Record<string, Expectation> = {
   amqpConnection: ['a function that returns a connection, as () => connect("amqp://localhost")', isFunction],
@@ -189,7 +193,7 @@ const MEMBER_OPTIONS: Record<string, Expectation> = {
   ],
   maxPayload: bytes,
   journal: [
-    "{ bytes?: a positive number, ms?: a positive number }",
+    "{ bytes?, ms? }, positive numbers below 2^31",
     (value) =>
       isRecord(value) &&
       Object.entries(value).every(([key, n]) => (key === "bytes" || key === "ms") && (n === undefined || positive(n))),
@@ -299,6 +303,8 @@ export class AmqpAdapter extends Adapter implements Tenant {
   readonly #member: Member;
   readonly #settings: Settings;
   readonly #routes: Routes;
+  /** Whether a room has a routing key of its own. */
+  readonly #travels: (room: Room) => boolean;
   #closing: Promise<void> | undefined;
   /** The adapter that this one takes the place of: Socket.IO does not close it. */
   #replaced: AmqpAdapter | undefined;
@@ -308,16 +314,9 @@ export class AmqpAdapter extends Adapter implements Tenant {
     super(nsp);
     this.#member = member;
     this.#settings = settings;
+    this.bindings = member.topology.of(nsp.name);
     const bound = settings.socketRooms === "bound";
-    const travels = (room: Room) => bound || !isSocketId(room);
-    this.bindings = new Bindings(
-      nsp.name,
-      member.names,
-      settings.roomExchanges,
-      () => this.rooms.keys().filter(travels),
-      (room) =>
-        !this.#closing && (room === undefined || (travels(room) && sameKey(room).some((same) => this.rooms.has(same)))),
-    );
+    this.#travels = (room) => bound || !isSocketId(room);
     this.#routes = new Routes(nsp.name, member.names, bound);
     this.ready = this.opened.promise;
     this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
@@ -344,6 +343,11 @@ export class AmqpAdapter extends Adapter implements Tenant {
 
   // Rooms: what is bound on the broker follows `this.rooms`.
 
+  /** @internal */
+  keys(): Iterable<string> {
+    return this.rooms.keys().filter(this.#travels).map(routingKey);
+  }
+
   /** Resolves once every later emit anywhere reaches the socket; returns at once while the broker is away. */
   override addAll(id: SocketId, rooms: Set<Room>): Promise<void> | void {
     super.addAll(id, rooms);
@@ -364,7 +368,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
   #follow(rooms: Iterable<Room>): Promise<void> | void {
     let pending: Promise<void>[] | undefined;
     for (const room of rooms) {
-      const done = this.#member.topology.follow(this.bindings, room);
+      const done = this.#travels(room) ? this.#member.topology.follow(this.bindings, routingKey(room)) : undefined;
       if (done) (pending ??= []).push(done);
     }
     if (pending) return Promise.all(pending).then(() => {});
@@ -432,7 +436,8 @@ export class AmqpAdapter extends Adapter implements Tenant {
     } else {
       // A peer is counted when the last of its clients has answered or when it is gone, so a dead one is not waited for.
       const clients = new Map(peers.map((uid) => [uid, { count: Infinity, acks: 0 }]));
-      const { id } = this.#member.request(peers, opts.flags?.timeout ?? this.#settings.requestsTimeout, {
+      const send = (id: number) => this.#send({ type: "broadcast", id, opts: toWire(opts), data: packet.data });
+      void this.#member.request(peers, opts.flags?.timeout ?? this.#settings.requestsTimeout, send, {
         take: (message, uid) => {
           const peer = clients.get(uid);
           if (!peer) return false;
@@ -445,7 +450,6 @@ export class AmqpAdapter extends Adapter implements Tenant {
         },
         done: (uid) => clientCountCallback(clients.get(uid)?.acks ?? 0),
       });
-      this.#send({ type: "broadcast", id, opts: toWire(opts), data: packet.data });
     }
     super.broadcastWithAck(packet, opts, clientCountCallback, ack);
   }
@@ -470,15 +474,14 @@ export class AmqpAdapter extends Adapter implements Tenant {
   override async fetchSockets(opts: BroadcastOptions): Promise<unknown[]> {
     const sockets: unknown[] = this.#sockets(opts);
     const peers = opts.flags?.local ? [] : this.#member.peersOf(this.nsp.name);
-    const { id, answered } = this.#member.request(peers, opts.flags?.timeout ?? this.#settings.requestsTimeout, {
+    const send = (id: number) => this.#send({ type: "fetch", id, opts: toWire(opts) });
+    const missing = await this.#member.request(peers, opts.flags?.timeout ?? this.#settings.requestsTimeout, send, {
       take: (message) => {
         if (message.type !== "sockets") return false;
         sockets.push(...message.sockets);
         return true;
       },
     });
-    if (peers.length > 0) this.#send({ type: "fetch", id, opts: toWire(opts) });
-    const missing = await answered;
     if (missing > 0) throw new Error(`fetchSockets: ${missing} of ${peers.length} servers did not answer in time`);
     return sockets;
   }
@@ -488,14 +491,14 @@ export class AmqpAdapter extends Adapter implements Tenant {
     if (typeof callback !== "function") return this.#send({ type: "emit", id: undefined, args });
     const peers = this.#member.peersOf(this.nsp.name);
     const answers: unknown[] = [];
-    const { id, answered } = this.#member.request(peers, this.#settings.requestsTimeout, {
+    const send = (id: number) => this.#send({ type: "emit", id, args: args.slice(0, -1) });
+    const answered = this.#member.request(peers, this.#settings.requestsTimeout, send, {
       take: (message) => {
         if (message.type !== "answer") return false;
         answers.push(message.value);
         return true;
       },
     });
-    if (peers.length > 0) this.#send({ type: "emit", id, args: args.slice(0, -1) });
     void answered.then((missing) => {
       const late = `serverSideEmit: ${missing} of ${peers.length} servers did not answer in time`;
       // Not here: what it throws is the user's, and no rejection.
@@ -683,7 +686,7 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
 // ── The member: one server's (or emitter's) place in the cluster ─────────────────────────────────────────────────────
 
 /** A namespace of this server, as its member sees it. */
-interface Tenant {
+interface Tenant extends RoomOwner {
   readonly nsp: { readonly name: string };
   readonly bindings: Bindings;
   /** Settled when the namespace is bound and announced, or closed. */
@@ -703,31 +706,31 @@ interface Peer {
   /** When it last said hello, which it does with a queue. */
   greeted: number;
   /** What it has open; undefined until it has said so, and once its queue is gone. */
-  namespaces: Set<string> | undefined;
+  namespaces?: Set<string> | undefined;
   /** How often that had changed. */
   revision: number;
+  /** The first number that it sent for the first time on its connection, as far as it has said. */
+  fresh: number;
   /** Set while frames may be missing, until the peer has sent them again. */
-  gap: Gap | undefined;
+  gap?: Gap | undefined;
+}
+
+/** A number `seen` that contradicts `last`: if it did not come late, `last` is forged, and what came `after` is missing. */
+interface Doubt {
+  readonly seen: number;
+  readonly after: number;
 }
 
 /** What is asked of a peer after a gap, and what waits until it has answered. */
 interface Gap {
   readonly id: number;
-  /** A frame number that contradicts `last`: the peer knows whether it came late or `last` was forged. */
-  doubt: number | undefined;
+  doubt: Doubt | undefined;
   /** Frames that came in the meantime, in order. */
   readonly held: Frame[];
   heldBytes: number;
   /** When the first of them came. */
   heldSince: number | undefined;
   askAt: number;
-}
-
-/** A request under way. */
-interface Asked {
-  readonly id: number;
-  /** Resolves with the number of peers that have not answered. */
-  readonly answered: Promise<number>;
 }
 
 interface Request {
@@ -753,7 +756,7 @@ class Member {
   readonly uid = randomBytes(6).toString("base64url"); // 8 characters: what a frame's header has room for
   readonly names: Names;
   readonly outbox: Outbox;
-  readonly topology = new Topology();
+  readonly topology: Topology;
   /** Connected, bound and announced for the first time. */
   readonly opened = Promise.withResolvers<void>();
   started = false;
@@ -792,6 +795,7 @@ class Member {
     readonly onError?: (error: Error) => void,
   ) {
     this.names = new Names(settings.prefix);
+    this.topology = new Topology(this.names, settings.roomExchanges);
     this.#root = this.names.exchange("/");
     this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
     const report = (error: Error) => this.#report(error);
@@ -799,7 +803,8 @@ class Member {
       void this.#announce();
       this.#ask();
     };
-    const unreachable = (uid: string) => this.#unreachable(uid);
+    // Not in amqplib's turn: it would answer a user's callback that throws by closing the channel.
+    const unreachable = (uid: string) => queueMicrotask(() => this.#unreachable(uid));
     this.outbox = new Outbox(this.uid, this.#root, settings, { report, unreachable, unblocked: settled });
     this.#consuming = new Link("consuming", settings.prefix, settings.amqpConnection, report, {
       up: (model, lose) => this.#consume(model, lose),
@@ -838,9 +843,10 @@ class Member {
   /** A namespace opens. The first one starts the connections. */
   join(tenant: Tenant): void {
     this.#tenants.set(tenant.nsp.name, tenant);
+    tenant.bindings.owner = tenant;
     this.#revision++;
     if (!this.started) return this.start();
-    void this.topology.follow(tenant.bindings, undefined)?.then(() => this.#announce());
+    void this.topology.followAll(tenant.bindings).then(() => this.#announce());
   }
 
   /** A namespace closes. The last one closes the connections. */
@@ -859,8 +865,22 @@ class Member {
     await this.#announce();
     // What is under way needs the exchange, which goes with the last binding.
     if (this.outbox.connected) await this.outbox.confirmed(this.settings.requestsTimeout);
+    if (this.#tenants.has(name)) return; // it has been opened again
+    tenant.bindings.owner = undefined;
     await this.topology.followAll(tenant.bindings);
-    this.topology.forget(tenant.bindings);
+    await this.#withdraw();
+  }
+
+  /** Deletes the exchanges that this member has declared to publish to and that nobody has open. */
+  async #withdraw(): Promise<void> {
+    const open = new Set([...this.#peers.values(), this].flatMap((peer) => [...(peer.namespaces ?? [])]));
+    const needed = new Set([...open].map((nsp) => this.names.exchange(nsp)));
+    await within(CLOSE_PATIENCE, this.outbox.withdraw(needed));
+  }
+
+  /** The namespaces that are open here. */
+  get namespaces(): string[] {
+    return this.closing ? [] : [...this.#tenants.keys()];
   }
 
   /** Waits up to `ms` for the broker to confirm what was sent; rejects if it has not. Leaves nothing on the broker. */
@@ -875,22 +895,20 @@ class Member {
       await this.outbox.close(ms);
     } finally {
       // One by one: what goes with the queue goes in one transaction, for which the broker's other users wait.
+      for (const { bindings } of this.#tenants.values()) bindings.owner = undefined;
       await within(UNBIND_PATIENCE, this.topology.settle());
-      await this.#consuming.close(); // its queue, and with it all bindings
-      if (this.#tenants.size === 0) await this.outbox.withdraw();
+      await this.#consuming.close();
+      await this.#withdraw();
       await this.#publishing.close();
       this.opened.reject(new Error("Closed before it was ready"));
     }
   }
 
-  #allBindings(): Bindings[] {
-    return [...this.#tenants.values()].map((tenant) => tenant.bindings);
-  }
-
   #report(error: Error): void {
     this.#lastError = error;
     debug("[%s] %s", this.uid, error.message);
-    this.onError?.(error);
+    const { onError } = this;
+    if (onError) queueMicrotask(() => onError(error)); // what it throws is the user's
     for (const tenant of this.#tenants.values()) tenant.report(error);
   }
 
@@ -911,8 +929,7 @@ class Member {
     const receive = (message: ConsumeMessage | null) =>
       message ? this.#receive(message) : lose(new Error(`The queue ${queue} was deleted`));
     await channel.consume(queue, receive, { noAck: true });
-    const keys = [ALL_SERVERS, `${ALL_SERVERS}${this.uid}`];
-    await this.topology.up(model, queue, lose, this.#root, keys, () => this.#allBindings());
+    await this.topology.up(model, queue, lose, [ALL_SERVERS, `${ALL_SERVERS}${this.uid}`]);
     this.#heard = performance.now();
     if (this.#back !== undefined) this.#back = this.#heard;
   }
@@ -956,6 +973,11 @@ class Member {
     const peer = this.#peer(frame.sender);
     peer.seen = this.#heard;
     if (frame.kind === Kind.Control) return this.#onControl(peer, frame);
+    this.#hold(peer, frame);
+  }
+
+  /** Takes a frame, or keeps it while something before it may be missing. */
+  #hold(peer: Peer, frame: Frame): void {
     const { gap } = peer;
     if (!gap) return this.#take(peer, frame);
     gap.held.push(frame);
@@ -970,7 +992,7 @@ class Member {
     if (frame.number <= peer.last) {
       this.#counts.duplicates++;
       // Sent once, yet not newer: it came late over an old connection, or somebody forged `last`. The peer knows.
-      if (!frame.again) this.#miss(peer, frame.number);
+      if (!frame.again && frame.number >= peer.fresh) this.#miss(peer, { seen: frame.number, after: frame.number - 1 });
       return;
     }
     peer.last = frame.number;
@@ -1004,15 +1026,7 @@ class Member {
     let peer = this.#peers.get(uid);
     if (!peer) {
       if (this.#peers.size >= MAX_PEERS) this.#forgetStranger();
-      peer = {
-        uid,
-        last: NaN,
-        seen: this.#heard,
-        greeted: -Infinity,
-        namespaces: undefined,
-        revision: -1,
-        gap: undefined,
-      };
+      peer = { uid, last: NaN, fresh: 0, seen: this.#heard, greeted: -Infinity, revision: -1 };
       this.#peers.set(uid, peer);
       if (this.#back !== undefined) this.#miss(peer); // it may have come during the outage
     }
@@ -1033,14 +1047,19 @@ class Member {
   async #tellAll(): Promise<void> {
     while (this.#unannounced && this.#consuming.connected && this.outbox.connected && !this.closing) {
       this.#unannounced = false;
-      const bound = [...this.#tenants.values()].filter((tenant) => tenant.bindings.bound.has(EVERYONE));
+      const bound = this.#bound();
       if (!(await this.outbox.control(ALL_SERVERS, this.#hello(true)))) return; // lost; the next connection announces
       for (const { opened } of [...bound, this]) opened.resolve();
     }
   }
 
+  #bound(): Tenant[] {
+    return [...this.#tenants.values()].filter((tenant) => tenant.bindings.bound.has(EVERYONE));
+  }
+
   #hello(reply: boolean): Control {
-    return { type: "hello", namespaces: [...this.#tenants.keys()], revision: this.#revision, reply };
+    const namespaces = this.#bound().map(({ nsp }) => nsp.name);
+    return { type: "hello", namespaces, revision: this.#revision, reply };
   }
 
   #tell(uid: string, control: Control, attachment?: Buffer): Promise<boolean> {
@@ -1052,9 +1071,9 @@ class Member {
     const { heartbeatTimeout, journal } = this.settings;
     this.outbox.evict();
     if (this.#back !== undefined && now - this.#back > journal.ms) this.#back = undefined;
-    // While this server is deaf itself, silence says nothing.
-    for (const peer of this.#consuming.connected ? this.#peers.values() : []) {
-      const silence = now - Math.max(peer.seen, this.#back ?? 0);
+    // Measured by what the queue delivers, this server's own heartbeats too: while it is deaf, silence says nothing.
+    for (const peer of this.#peers.values()) {
+      const silence = this.#heard - Math.max(peer.seen, this.#back ?? 0);
       if (peer.namespaces && silence > heartbeatTimeout) this.#gone(peer);
       // Kept longer than its journal lasts, for it may come back and send again what has been seen.
       if (silence <= heartbeatTimeout + journal.ms) continue;
@@ -1080,7 +1099,10 @@ class Member {
       case "beat":
         if (!peer.namespaces || peer.revision !== control.revision) void this.#tell(peer.uid, this.#hello(true));
         if (peer.gap) return;
-        if (control.position < peer.last) return this.#miss(peer, control.position + 1);
+        if (control.position < peer.last) {
+          if (control.position < peer.fresh) return;
+          return this.#miss(peer, { seen: control.position, after: control.position });
+        }
         peer.last = control.position; // it comes behind all of them
         return;
       case "bye":
@@ -1098,10 +1120,13 @@ class Member {
     switch (control.type) {
       case "begin":
         peer.last = control.from - 1;
+        peer.fresh = control.fresh;
+        peer.gap.heldSince &&= this.#heard;
         peer.gap.doubt = undefined;
         if (control.lost > 0) this.#lost(peer, control.lost);
         return;
       case "again":
+        peer.gap.heldSince &&= this.#heard;
         if (attachment instanceof Buffer) this.#takeAgain(peer, readFrame(attachment));
         return;
       case "end":
@@ -1128,10 +1153,17 @@ class Member {
 
   // Requests: a question to peers, and who has not answered yet.
 
-  /** Ends when each of `peers` has said all or is gone, or after `ms`: `answered` resolves with how many are missing. */
-  request(peers: string[], ms: number, { take, done }: Pick<Request, "take" | "done">): Asked {
+  /** Resolves when each of `peers` has said all or is gone, or after `ms`, with the number of those that are missing. */
+  request(
+    peers: string[],
+    ms: number,
+    send: (id: number) => void,
+    { take, done }: Pick<Request, "take" | "done">,
+  ): Promise<number> {
+    if (peers.length === 0 || this.closing) return Promise.resolve(peers.length);
     const id = ++this.#ids;
-    const { promise: answered, resolve } = Promise.withResolvers<number>();
+    send(id); // throws if it cannot be encoded, and then there is no request
+    const { promise, resolve } = Promise.withResolvers<number>();
     const end = (missing: number) => {
       clearTimeout(timer);
       this.#requests.delete(id);
@@ -1140,9 +1172,8 @@ class Member {
     const request: Request = { missing: new Set(peers), take, done, end };
     const timer = setTimeout(() => end(request.missing.size), ms);
     this.#requests.set(id, request);
-    if (peers.length === 0 || this.closing) end(peers.length);
-    else this.#probing ??= setInterval(() => this.#probe(), PROBE_INTERVAL);
-    return { id, answered };
+    this.#probing ??= setInterval(() => this.#probe(), PROBE_INTERVAL);
+    return promise;
   }
 
   answer(message: Answer, from: string): void {
@@ -1168,7 +1199,7 @@ class Member {
   // Gaps: after an outage each peer is asked for what it sent meanwhile; until it has answered, its newer frames wait.
 
   /** Something of this peer's may be missing. */
-  #miss(peer: Peer, doubt?: number): void {
+  #miss(peer: Peer, doubt?: Doubt): void {
     const { held = [], heldBytes = 0, heldSince } = peer.gap ?? {};
     peer.gap = { id: ++this.#ids, doubt, held, heldBytes, heldSince, askAt: 0 };
     this.#ask();
@@ -1204,8 +1235,8 @@ class Member {
   async #answer(uid: string, { id, last, doubt }: Control & { type: "ask" }): Promise<void> {
     if (this.#answering.get(uid) === id) return; // asked again meanwhile
     this.#answering.set(uid, id);
-    const { from, lost, bodies } = this.outbox.since(uid, last, doubt);
-    let confirmed = this.#tell(uid, { type: "begin", id, from, lost });
+    const { bodies, ...begin } = this.outbox.since(uid, last, doubt);
+    let confirmed = this.#tell(uid, { type: "begin", id, ...begin });
     for (const [index, body] of bodies.entries()) {
       confirmed = this.#tell(uid, { type: "again", id }, body);
       if (index % REPLAY_WINDOW === 0 && !(await confirmed)) break;
@@ -1228,11 +1259,14 @@ class Member {
     const { gap } = peer;
     if (!gap) return;
     peer.gap = undefined;
-    if (failure) this.#report(new Error(`Peer ${peer.uid} ${failure}: frames after number ${peer.last} may be lost`));
+    if (failure && !Number.isNaN(peer.last))
+      this.#report(new Error(`Peer ${peer.uid} ${failure}: frames after number ${peer.last} may be lost`));
+    const { last } = peer;
     for (const frame of gap.held) {
-      frame.again = true; // the peer has just said where it stands: what is not newer is no riddle
       try {
-        this.#take(peer, frame);
+        if (frame.number <= last)
+          this.#counts.duplicates++; // it has been sent again
+        else this.#hold(peer, frame);
       } catch (error) {
         this.#reportUnreadable(asError(error), `peer ${peer.uid}`);
       }
@@ -1307,16 +1341,11 @@ class Link {
       let model: AmqpConnection | undefined;
       let error: Error;
       try {
-        model = await this.connect();
-        if (typeof model?.createConfirmChannel !== "function")
-          throw new TypeError(
-            `amqpConnection returned ${Bun.inspect(model)}; expected what amqplib's connect() returns`,
-          );
+        model = await this.#open();
         users.set(model, (users.get(model) ?? 0) + 1);
         this.#lose = lose;
         if (this.#closed) lose(new Error("closed"));
         watch(model, lose);
-        sendAtOnce(model);
         const failed = await Promise.race([this.events.up(model, lose), lost]);
         if (failed) throw failed;
         this.upSince = performance.now();
@@ -1340,6 +1369,23 @@ class Link {
     }
   }
 
+  /** A connection, or an error: one that does not answer at all is given up, and closed if it answers later. */
+  async #open(): Promise<AmqpConnection> {
+    let late = false;
+    const opening = (async () => {
+      const model = await this.connect();
+      if (typeof model?.createConfirmChannel !== "function" || typeof model.close !== "function")
+        throw new TypeError(`amqpConnection returned ${Bun.inspect(model)}, not what amqplib's connect() returns`);
+      if (late) await model.close();
+      return model;
+    })();
+    opening.catch(() => {}); // once it is late, nobody waits for it
+    const model = await within(CONNECT_PATIENCE, opening);
+    late = true;
+    if (!model) throw new Error(`amqpConnection did not connect within ${CONNECT_PATIENCE} ms`);
+    return model;
+  }
+
   #pause(ms: number): Promise<void> {
     return new Promise((resolve) => {
       const timer = setTimeout(resolve, ms);
@@ -1357,27 +1403,29 @@ function watch(model: AmqpConnection, lose: Lose): void {
   emitter.on("error", lose);
   emitter.on("close", (error?: Error) => lose(error ?? new Error("Connection closed")));
   emitter.on("disconnect", lose); // amqplib's recovering connection: replaced, not waited for
-}
-
-/**
- * amqplib leaves Nagle's algorithm on, which holds a small message back for up to 40 ms while another is under way. The
- * socket is not part of its types; a recovering connection keeps it to itself, so give that one `noDelay: true`.
- */
-function sendAtOnce(model: unknown): void {
-  const { connection } = model as { connection?: { stream?: { setNoDelay?: (on: boolean) => void } } };
+  // amqplib leaves its socket out of its types. It also leaves Nagle's algorithm on, which holds a small message back for
+  // up to 40 ms while another is under way, and does not look at the socket's own "close".
+  const { connection } = model as { connection?: { stream?: Partial<TcpSocket> } };
   connection?.stream?.setNoDelay?.(true);
+  connection?.stream?.once?.("close", () => queueMicrotask(() => lose(new Error("Socket closed"))));
 }
 
 /** How long a closing server unbinds its rooms, in ms, before it lets its queue go with the rest. */
 const UNBIND_PATIENCE = 10_000;
+/** How long amqpConnection may take, in ms. */
+const CONNECT_PATIENCE = 10_000;
 /** How long an answer to a goodbye is waited for, in ms: a dead link gives none. */
 const CLOSE_PATIENCE = 1_000;
 
-/** Waits for a promise, up to `ms`. */
-async function within(ms: number, promise: Promise<unknown>): Promise<void> {
+/** What a promise resolves to, or undefined after `ms`. */
+async function within<T>(ms: number, promise: Promise<T>): Promise<T | undefined> {
   let timer: Timeout | undefined;
-  await Promise.race([promise, new Promise((resolve) => (timer = setTimeout(resolve, ms)))]);
-  clearTimeout(timer);
+  const late = new Promise<undefined>((resolve) => (timer = setTimeout(() => resolve(undefined), ms)));
+  try {
+    return await Promise.race([promise, late]);
+  } finally {
+    clearTimeout(timer);
+  }
 }
 
 /** Closes what `amqpConnection` returned once nobody uses it. */
@@ -1441,50 +1489,66 @@ function discard(channel: Channel | undefined): void {
 
 // ── Topology: what is bound follows the rooms ────────────────────────────────────────────────────────────────────────
 
-/** One namespace's bindings: those that its rooms want and those that the broker has. */
+/** Whose rooms are bound: an adapter. */
+interface RoomOwner {
+  readonly rooms: ReadonlyMap<Room, unknown>;
+  /** The routing keys that its rooms travel under. */
+  keys(): Iterable<string>;
+}
+
+/** One namespace's bindings: those that its owner's rooms want, and those that the broker has. */
 class Bindings {
   readonly exchange: string;
+  /** The adapter that has the namespace open. A namespace may be closed and opened again; the bindings stay these. */
+  owner: RoomOwner | undefined;
   /** Routing keys under which the current queue gets this namespace's messages. */
   readonly bound = new Set<string>();
   /** Those of them that lead through a room's exchange. */
   readonly viaExchange = new Set<string>();
   /** What is being worked on, by routing key. */
-  readonly work = new Map<string, Work>();
+  readonly work = new Map<string, PromiseWithResolvers<void>>();
 
   constructor(
     readonly nsp: string,
     readonly names: Names,
     readonly roomExchanges: boolean,
-    /** The rooms that have local sockets and travel under a key of their own. */
-    readonly rooms: () => Iterable<Room>,
-    /** Whether a room is one of them; `undefined` asks whether the namespace is open. */
-    readonly wants: (room: Room | undefined) => boolean,
   ) {
     this.exchange = names.exchange(nsp);
   }
 
-  /** The rooms that a foreign message means; undefined if it is not for this namespace. */
+  wants(key: string): boolean {
+    const { owner } = this;
+    if (!owner || key === EVERYONE) return owner !== undefined;
+    return this.#roomsUnder(key).some((room) => owner.rooms.has(room));
+  }
+
+  /** All keys that are wanted or bound. */
+  keys(): Set<string> {
+    return new Set([EVERYONE, ...(this.owner?.keys() ?? []), ...this.bound]);
+  }
+
+  /** The rooms that a foreign message means; undefined if it is for nobody here. */
   roomsOf(exchange: string, keys: string[]): Room[] | undefined {
-    if (exchange === this.exchange) return keys.includes(EVERYONE) ? [] : keys.flatMap((key) => this.roomsUnder(key));
-    for (const key of this.viaExchange) if (this.roomExchange(key) === exchange) return this.roomsUnder(key);
-    return undefined;
+    if (exchange === this.exchange && keys.includes(EVERYONE)) return [];
+    const under =
+      exchange === this.exchange ? keys : [...this.viaExchange].filter((key) => this.roomExchange(key) === exchange);
+    const rooms = under.flatMap((key) => this.#roomsUnder(key));
+    return rooms.length > 0 ? rooms : undefined;
   }
 
   roomExchange(key: string): string {
     return this.names.roomExchange(this.nsp, key);
   }
 
-  roomsUnder(key: string): Room[] {
+  #roomsUnder(key: string): Room[] {
     if (key.startsWith("#")) return sameKey(key.slice(1));
-    return [...this.rooms()].filter((room) => routingKey(room) === key);
+    return [...(this.owner?.rooms.keys() ?? [])].filter((room) => routingKey(room) === key);
   }
 }
 
 interface Work {
   readonly bindings: Bindings;
-  readonly room: Room | undefined;
   readonly key: string;
-  readonly done: PromiseWithResolvers<void>;
 }
 
 /** A channel of its own, so that a refused operation closes no other; amqplib keeps one operation in flight on each. */
@@ -1500,8 +1564,6 @@ interface Session {
   readonly queue: string;
   readonly lose: Lose;
   readonly lanes: Lane[];
-  /** The namespaces that have or had bindings. */
-  readonly touched: Set<Bindings>;
   /** Whether there are too many rooms for exchanges of their own. */
   crowded: boolean;
 }
@@ -1522,25 +1584,31 @@ const ATTEMPTS = 20;
 /** Binds and unbinds until what is bound is what is wanted. Joins, leaves, reconnects and closes are all this. */
 class Topology {
   #session: Session | undefined;
+  readonly #all = new Map<string, Bindings>();
   /** The queue that was lost with the last connection, and how many bindings it had. */
   #lost = { queue: "", bindings: 0 };
 
-  /** Opens the channels on a new queue and binds everything that is wanted. */
-  async up(
-    model: AmqpConnection,
-    queue: string,
-    lose: Lose,
-    root: string,
-    keys: string[],
-    everything: () => Bindings[],
-  ): Promise<void> {
+  constructor(
+    readonly names: Names,
+    readonly roomExchanges: boolean,
+  ) {}
+
+  of(nsp: string): Bindings {
+    let bindings = this.#all.get(nsp);
+    if (!bindings) this.#all.set(nsp, (bindings = new Bindings(nsp, this.names, this.roomExchanges)));
+    return bindings;
+  }
+
+  /** Opens the channels on a new queue and binds everything that is wanted; `own` are the member's keys. */
+  async up(model: AmqpConnection, queue: string, lose: Lose, own: string[]): Promise<void> {
     if (this.#lost.bindings > MANY_BINDINGS) await removed(model, this.#lost.queue);
     const lanes = await Promise.all(Array.from({ length: LANES }, () => openLane(model)));
-    const crowded = roomCount(everything()) > MAX_ROOM_EXCHANGES;
-    const session: Session = { model, queue, lose, lanes, touched: new Set(), crowded };
+    const keys = [...this.#all.values()].reduce((sum, bindings) => sum + bindings.keys().size, 0);
+    const session: Session = { model, queue, lose, lanes, crowded: keys - this.#all.size > MAX_ROOM_EXCHANGES };
     this.#session = session;
-    for (const key of keys) await retried(session, lanes[0]!, (channel) => bindNamespace(channel, queue, root, key));
-    await Promise.all(everything().map((bindings) => this.followAll(bindings)));
+    const root = this.names.exchange("/");
+    for (const key of own) await retried(session, lanes[0]!, (channel) => bindNamespace(channel, queue, root, key));
+    await this.settle();
   }
 
   down(): void {
@@ -1549,73 +1617,56 @@ class Topology {
     this.#session = undefined;
     this.#lost = { queue: session.queue, bindings: 0 };
     for (const lane of session.lanes) void Promise.resolve(lane.drained).then(() => discard(lane.channel));
-    for (const bindings of session.touched) {
+    for (const bindings of this.#all.values()) {
       this.#lost.bindings += bindings.bound.size;
       bindings.bound.clear();
       bindings.viaExchange.clear();
-      for (const work of bindings.work.values()) work.done.resolve();
+      for (const { resolve } of bindings.work.values()) resolve();
       bindings.work.clear();
     }
   }
 
-  /** A namespace has closed. */
-  forget(bindings: Bindings): void {
-    this.#session?.touched.delete(bindings);
-  }
-
-  /** Gives up the rooms' exchanges once there are too many of them. */
-  #crowd(session: Session): void {
-    let exchanges = 0;
-    for (const { viaExchange } of session.touched) exchanges += viaExchange.size;
-    if (exchanges <= MAX_ROOM_EXCHANGES) return;
-    session.crowded = true;
-    for (const bindings of session.touched)
-      for (const key of bindings.viaExchange) void this.follow(bindings, bindings.roomsUnder(key)[0]);
+  /** Makes everything what is wanted of it. */
+  async settle(): Promise<void> {
+    await Promise.all([...this.#all.values()].map((bindings) => this.followAll(bindings)));
   }
 
   /** Makes all bindings of a namespace what is wanted of them. */
   async followAll(bindings: Bindings): Promise<void> {
-    await this.follow(bindings, undefined);
-    const rooms = [...bindings.rooms()].map((room) => this.follow(bindings, room));
-    await Promise.all([...rooms, ...bindings.work.values().map((work) => work.done.promise)]);
-  }
-
-  /** Makes everything what is wanted of it. */
-  async settle(): Promise<void> {
-    await Promise.all([...(this.#session?.touched ?? [])].map((bindings) => this.followAll(bindings)));
+    await this.follow(bindings, EVERYONE);
+    await Promise.all([...bindings.keys()].map((key) => this.follow(bindings, key)));
+    await Promise.all([...bindings.work.values()].map(({ promise }) => promise));
+    if (!bindings.owner && bindings.bound.size === 0) this.#all.delete(bindings.nsp);
   }
 
   /** Makes one binding what is wanted of it. Returns undefined if it is that already, or while the broker is away. */
-  follow(bindings: Bindings, room: Room | undefined): Promise<void> | undefined {
+  follow(bindings: Bindings, key: string): Promise<void> | undefined {
     const session = this.#session;
     if (!session) return undefined;
-    const key = room === undefined ? EVERYONE : routingKey(room);
     const pending = bindings.work.get(key);
-    if (pending) return pending.done.promise;
-    if (isAsWanted(session, bindings, room, key)) return undefined;
-    const work: Work = { bindings, room, key, done: Promise.withResolvers<void>() };
-    bindings.work.set(key, work);
-    session.touched.add(bindings);
-    // Each room always on the same lane, so that its operations keep their order.
-    const lane = session.lanes[key === EVERYONE ? 0 : Bun.hash.crc32(key) % LANES]!;
-    lane.queue.push(work);
+    if (pending) return pending.promise;
+    if (isAsWanted(session, bindings, key)) return undefined;
+    const done = Promise.withResolvers<void>();
+    bindings.work.set(key, done);
+    // The namespaces have a lane of their own, for the rooms wait for them; each room is always on the same one.
+    const lane = session.lanes[key === EVERYONE ? 0 : 1 + (Bun.hash.crc32(key) % (LANES - 1))]!;
+    lane.queue.push({ bindings, key });
     lane.drained ??= this.#drain(session, lane);
-    return work.done.promise;
+    return done.promise;
   }
 
   async #drain(session: Session, lane: Lane): Promise<void> {
     await null; // so that `drained` is set before it is unset
     try {
       for (let work = lane.queue.shift(); work && this.#session === session; work = lane.queue.shift()) {
-        const { bindings, room, key, done } = work;
-        if (room !== undefined) await bindings.work.get(EVERYONE)?.done.promise; // its exchange comes first
-        while (!isAsWanted(session, bindings, room, key)) {
-          if (bindings.wants(room)) await bind(session, lane, bindings, key);
+        const { bindings, key } = work;
+        while (!isAsWanted(session, bindings, key)) {
+          if (bindings.wants(key)) await this.#bind(session, lane, bindings, key);
           else await unbind(session, lane, bindings, key);
           if (this.#session !== session) return;
         }
+        bindings.work.get(key)?.resolve();
         bindings.work.delete(key);
-        done.resolve();
         if (!session.crowded && bindings.viaExchange.has(key)) this.#crowd(session);
       }
     } catch (error) {
@@ -1624,6 +1675,24 @@ class Topology {
       lane.drained = undefined;
     }
   }
+
+  async #bind(session: Session, lane: Lane, bindings: Bindings, key: string): Promise<void> {
+    if (key !== EVERYONE) await bindings.work.get(EVERYONE)?.promise; // its exchange comes first
+    if (this.#session === session) await bind(session, lane, bindings, key);
+  }
+
+  /** Gives up the rooms' exchanges once there are too many of them. */
+  #crowd(session: Session): void {
+    const all = [...this.#all.values()];
+    if (all.reduce((sum, { viaExchange }) => sum + viaExchange.size, 0) <= MAX_ROOM_EXCHANGES) return;
+    session.crowded = true;
+    for (const bindings of all) for (const key of bindings.viaExchange) void this.follow(bindings, key);
+  }
+}
+
+function isAsWanted(session: Session, bindings: Bindings, key: string): boolean {
+  if (session.crowded && bindings.viaExchange.has(key)) return false;
+  return bindings.wants(key) === bindings.bound.has(key);
 }
 
 /** Waits, within bounds, until the broker has removed a queue: new bindings made meanwhile make it begin again and again. */
@@ -1636,15 +1705,6 @@ async function removed(model: AmqpConnection, queue: string): Promise<void> {
     discard(channel);
     if (!gone) await Bun.sleep(50);
   }
-}
-
-function isAsWanted(session: Session, bindings: Bindings, room: Room | undefined, key: string): boolean {
-  if (session.crowded && bindings.viaExchange.has(key)) return false;
-  return bindings.wants(room) === bindings.bound.has(key);
-}
-
-function roomCount(all: Bindings[]): number {
-  return all.reduce((sum, bindings) => sum + [...bindings.rooms()].length, 0);
 }
 
 async function openLane(model: AmqpConnection): Promise<Lane> {
@@ -1747,6 +1807,8 @@ interface Missed {
   from: number;
   /** How many before it the journal no longer holds. */
   lost: number;
+  /** The first number that was sent for the first time on this connection. */
+  fresh: number;
   bodies: Buffer[];
 }
 
@@ -1760,6 +1822,10 @@ interface OutboxEvents {
 
 /** How many frames may be unconfirmed before one that still grows waits, and grows on. */
 const WINDOW = 8;
+/** amqplib's word for a message that the broker did not take. */
+const NACKED = "message nacked";
+/** How many bytes of complete frames may be unconfirmed before the next one waits. */
+const IN_FLIGHT = 256 * 1024;
 /** A frame takes packets up to about this size, in bytes. */
 const FRAME_SIZE = 32 * 1024;
 /** What the header and a replay add to a packet, at most (bytes). */
@@ -1784,10 +1850,14 @@ class Outbox {
   #closed = false;
   readonly #declared = new Set<string>();
   #declaring = false;
+  /** By number less `#base`; what is undefined has been dropped. */
   #journal: (Entry | undefined)[] = [];
-  /** Index of the oldest entry: what is before it has left the journal. */
-  #oldest = 0;
+  #base = 1;
+  /** The number of the oldest frame in the journal. */
+  #oldest = 1;
   #bytes = 0;
+  /** Of these, of frames that wait to be sent. */
+  #waiting = 0;
   #draft: Draft | undefined;
   #number = 0;
   /** The next to be sent on this connection, and the last ever sent on any. */
@@ -1829,9 +1899,9 @@ class Outbox {
   /** A packet for a destination. Volatile ones are dropped while the broker is away. */
   add(to: Destination, parts: readonly unknown[]): void {
     if (to.volatile && (!this.#channel || this.#blocked)) return;
-    let size = to.head.length;
+    let size = 0;
     for (const part of parts) size += partLength(part);
-    if (size * 3 + OVERHEAD > this.settings.maxPayload && !this.#fits(to, parts)) return;
+    if ((to.head.length + size) * 3 + OVERHEAD > this.settings.maxPayload && !this.#fits(to, parts)) return;
     let draft = this.#draft;
     if (draft && (draft.size + size > FRAME_SIZE || !sameDestination(draft.to, to))) {
       this.#seal(draft);
@@ -1873,13 +1943,13 @@ class Outbox {
     const number = ++this.#number;
     const body = encodeFrame(to.kind, this.uid, number, to.head, packets, table, text, binaries);
     this.#journal.push({ to, number, body, packets, at, sent: false, confirmed: false });
-    this.#bytes += body.length + ENTRY_OVERHEAD;
+    this.#bytes += sizeOf(body);
+    this.#waiting += sizeOf(body);
     if (!this.#channel) this.evict();
   }
 
   #entry(number: number): Entry | undefined {
-    const oldest = this.#journal[this.#oldest];
-    return oldest && this.#journal[this.#oldest + number - oldest.number];
+    return this.#journal[number - this.#base];
   }
 
   readonly #flush = (): void => {
@@ -1895,6 +1965,7 @@ class Outbox {
         break;
       }
       this.#next++;
+      if (entry) this.#waiting -= sizeOf(entry.body);
       if (entry?.sent && entry.to.volatile) entry.confirmed = true; // not twice
       if (entry && !entry.confirmed) this.#publish(this.#channel, entry);
     }
@@ -1902,9 +1973,9 @@ class Outbox {
     this.#settle();
   };
 
-  /** Frames that are complete, for they can no longer grow, go on while their bytes fill no full window. */
+  /** Frames that are complete, and can grow no more, go on for some bytes. */
   #hasRoom(): boolean {
-    return this.#unconfirmed < WINDOW || this.#inFlight < WINDOW * FRAME_SIZE;
+    return this.#inFlight < IN_FLIGHT;
   }
 
   #settle(): void {
@@ -1939,7 +2010,8 @@ class Outbox {
     try {
       channel.publish(to.exchange, to.key, body, to.options, (error: Error | null) => {
         if (channel !== this.#channel) return;
-        if (error) return this.#lose(error);
+        if (error && error.message !== NACKED) return this.#lose(error);
+        if (error) this.#drop(); // a queue that is full, by its arguments
         entry.confirmed = true;
         this.#unconfirmed--;
         this.#inFlight -= body.length;
@@ -1954,8 +2026,8 @@ class Outbox {
     this.#declaring = true;
     const channel = this.#channel;
     try {
-      await channel?.assertExchange(exchange, "direct", NAMESPACE_EXCHANGE);
       this.#declared.add(exchange);
+      await channel?.assertExchange(exchange, "direct", NAMESPACE_EXCHANGE);
     } catch {
       return; // closes the channel, which reports it
     } finally {
@@ -1964,21 +2036,28 @@ class Outbox {
     this.#flush();
   }
 
-  /** Drops what the journal has no room or time for. */
+  /** Drops what the journal has no room or time for: first what is confirmed, and never what is under way. */
   evict(): void {
     const { bytes, ms } = this.settings.journal;
-    const now = performance.now();
-    for (let entry = this.#journal[this.#oldest]; entry; entry = this.#journal[this.#oldest]) {
-      if (this.#bytes <= bytes && now - entry.at <= ms) break;
-      this.#journal[this.#oldest++] = undefined;
-      this.#bytes -= entry.body.length + ENTRY_OVERHEAD;
-      this.#next = Math.max(this.#next, entry.number + 1);
+    const expired = performance.now() - ms;
+    for (; this.#oldest < this.#next; this.#oldest++) {
+      const entry = this.#entry(this.#oldest);
+      if (entry && (!entry.confirmed || (this.#bytes <= bytes && entry.at >= expired))) break;
+      if (entry) this.#bytes -= sizeOf(entry.body);
+      this.#journal[this.#oldest - this.#base] = undefined;
+    }
+    for (; this.#next <= this.#number; this.#next++) {
+      const entry = this.#entry(this.#next);
+      if (entry && this.#waiting <= bytes && entry.at >= expired) break;
+      if (!entry) continue;
+      this.#bytes -= sizeOf(entry.body);
+      this.#waiting -= sizeOf(entry.body);
+      this.#journal[this.#next - this.#base] = undefined;
       if (!entry.confirmed && !entry.to.volatile) this.#drop();
     }
-    if (this.#oldest > 1024 && this.#oldest * 2 > this.#journal.length) {
-      this.#journal = this.#journal.slice(this.#oldest);
-      this.#oldest = 0;
-    }
+    if (this.#oldest - this.#base < 1024 || (this.#oldest - this.#base) * 2 < this.#journal.length) return;
+    this.#journal = this.#journal.slice(this.#oldest - this.#base);
+    this.#base = this.#oldest;
   }
 
   #drop(): void {
@@ -2001,29 +2080,41 @@ class Outbox {
   // The publishing connection: one setup, for the start and after each loss.
 
   async up(model: AmqpConnection, lose: Lose): Promise<void> {
-    const channel = watched(await model.createConfirmChannel(), lose);
+    const channel = await model.createConfirmChannel();
+    channel.on("error", (error: BrokerError) => {
+      // An exchange that was declared has gone with its last binding: once more, on a new channel.
+      if (error.code === 404 && !this.#closed && channel === this.#channel) this.#again(model, lose, error);
+      else lose(error);
+    });
+    channel.on("close", () => queueMicrotask(() => channel === this.#channel && lose(new Error("Channel closed"))));
     channel.on("return", ({ fields }) => this.events.unreachable(fields.routingKey.slice(ALL_SERVERS.length)));
     const emitter: NodeJS.EventEmitter = model;
     emitter.on("blocked", (reason: string) => {
+      if (channel !== this.#channel) return;
       this.#blocked = true;
       this.events.report(new Error(`The broker blocks publishing: ${reason}`));
     });
     emitter.on("unblocked", () => {
+      if (channel !== this.#channel) return;
       this.#blocked = false;
       this.#flush();
       this.events.unblocked();
     });
-    await channel.assertExchange(this.root, "direct", NAMESPACE_EXCHANGE);
-    this.#declared.add(this.root);
-    this.#channel = channel;
     this.#model = model;
+    this.#declared.add(this.root);
+    await channel.assertExchange(this.root, "direct", NAMESPACE_EXCHANGE);
+    this.#channel = channel;
     this.#lose = lose;
     this.#fresh = this.#sent + 1;
-    // From the first frame that the broker has not confirmed, in order.
+    if (this.#draft) this.#seal(this.#draft);
     this.evict();
-    this.#settle();
-    this.#next = this.#settled + 1;
     this.#flush();
+  }
+
+  #again(model: AmqpConnection, lose: Lose, error: BrokerError): void {
+    debug("again: %s", error.message);
+    this.down(error);
+    this.up(model, lose).catch(lose);
   }
 
   down(error: BrokerError): void {
@@ -2034,14 +2125,16 @@ class Outbox {
     this.#declared.clear();
     this.#declaring = this.#blocked = false;
     this.#unconfirmed = this.#inFlight = 0;
+    // What was under way waits again: from the first frame that the broker has not confirmed, in order.
+    this.#settle();
+    while (this.#next > this.#settled + 1) this.#waiting += sizeOf(this.#entry(--this.#next)?.body);
   }
 
   #dropLargest(error: Error): void {
     let largest: Entry | undefined;
-    for (let number = this.#next - 1; ; number--) {
+    for (let number = this.#settled + 1; number < this.#next; number++) {
       const entry = this.#entry(number);
-      if (!entry) break;
-      if (entry.sent && !entry.confirmed && entry.body.length > (largest?.body.length ?? 0)) largest = entry;
+      if (entry && !entry.confirmed && entry.body.length > (largest?.body.length ?? 0)) largest = entry;
     }
     if (!largest) return;
     largest.confirmed = true;
@@ -2071,22 +2164,20 @@ class Outbox {
     });
   }
 
-  /**
-   * What a peer has missed, of what was sent: the frames after `last`, or all if it knows of none. A `doubt` that was sent
-   * once, on this connection, shows that `last` was forged; then it is the first one missed.
-   */
-  since(uid: string, last: number | undefined, doubt: number | undefined): Missed {
+  /** What a peer has missed, of what was sent: the frames after `last`, or all if it knows of none. */
+  since(uid: string, last: number | undefined, doubt: Doubt | undefined): Missed {
     this.evict();
-    const oldest = this.#journal[this.#oldest]?.number ?? this.#number + 1;
-    const wanted = doubt !== undefined && doubt >= this.#fresh ? doubt : (last ?? Infinity) + 1;
-    const from = wanted > this.#sent + 1 ? oldest : Math.max(wanted, oldest);
+    // What was sent for the first time on this connection cannot have come late: then `last` is forged.
+    const after = doubt && doubt.seen >= this.#fresh ? doubt.after : last;
+    const known = after !== undefined && after <= this.#sent;
+    const from = known ? Math.max(after + 1, this.#oldest) : this.#oldest;
     const bodies: Buffer[] = [];
     for (let number = from; number < this.#next; number++) {
       const entry = this.#entry(number);
       const forOthers = entry?.to.key.startsWith(ALL_SERVERS) && entry.to.key !== `${ALL_SERVERS}${uid}`;
       if (entry && !entry.to.volatile && !forOthers) bodies.push(entry.body);
     }
-    return { from, lost: Math.max(0, oldest - wanted), bodies };
+    return { from, lost: known ? from - after - 1 : 0, fresh: this.#fresh, bodies };
   }
 
   /** Waits up to `ms` until the broker has confirmed everything, and says goodbye. */
@@ -2099,15 +2190,23 @@ class Outbox {
     if (unconfirmed > 0) throw new Error(`Closed before the broker confirmed ${unconfirmed} frames`);
   }
 
-  /** Deletes the exchanges that were declared to publish to and that nobody has bound. */
-  async withdraw(): Promise<void> {
-    for (const exchange of this.#declared) {
-      const channel = await this.#model?.createChannel();
-      channel?.on("error", (error) => debug("withdraw: %s", error.message)); // in use, by others
-      await channel?.deleteExchange(exchange, { ifUnused: true }).catch(() => {});
+  /** Deletes the exchanges that were declared to publish to, unless they are needed or bound. */
+  async withdraw(needed: Set<string>): Promise<void> {
+    const model = this.#model;
+    for (const exchange of [...this.#declared].filter((name) => !needed.has(name))) {
+      this.#declared.delete(exchange);
+      try {
+        const { channel } = await openLane(model!);
+        await channel.deleteExchange(exchange, { ifUnused: true });
+        discard(channel);
+      } catch (error) {
+        debug("withdraw: %s", asError(error).message); // somebody has bound it
+      }
     }
   }
 }
+
+const sizeOf = (body: Buffer | undefined): number => (body ? body.length + ENTRY_OVERHEAD : 0);
 
 function sameDestination(a: Destination, b: Destination): boolean {
   return (
@@ -2116,7 +2215,8 @@ function sameDestination(a: Destination, b: Destination): boolean {
       a.key === b.key &&
       a.exchange === b.exchange &&
       a.kind === b.kind &&
-      a.volatile === b.volatile)
+      a.volatile === b.volatile &&
+      Bun.deepEquals(a.options, b.options)) // the keys of further rooms
   );
 }
 
@@ -2128,7 +2228,9 @@ const MAX_ROUTES = 4_096;
 /** Which exchange and routing keys the packets of a namespace take. */
 class Routes {
   readonly #exchange: string;
+  /** By room; users pass `undefined` as well, and mean a room that nobody is in. */
   readonly #ready = new Map<Room | undefined, Destination>();
+  #everyone: Destination | undefined;
 
   constructor(
     readonly nsp: string,
@@ -2143,12 +2245,12 @@ class Routes {
     if (rooms.size > 1 || except?.size || flags?.volatile !== undefined || flags?.compress !== undefined)
       return this.#packets({ rooms, except, flags });
     // One room, or all: made once.
-    let only: Room | undefined;
-    for (const room of rooms) only = room;
-    let destination = this.#ready.get(only);
+    if (rooms.size === 0) return (this.#everyone ??= this.#packets({ rooms }));
+    const [room] = rooms as Set<Room | undefined>;
+    let destination = this.#ready.get(room);
     if (!destination) {
       if (this.#ready.size >= MAX_ROUTES) this.#ready.clear();
-      this.#ready.set(only, (destination = this.#packets({ rooms })));
+      this.#ready.set(room, (destination = this.#packets({ rooms })));
     }
     return destination;
   }
@@ -2392,10 +2494,10 @@ type Control =
   | { type: "bye" | "ping" }
   /** A peer's queue is gone; whoever knows it may look for itself. */
   | { type: "missing"; uid: string }
-  /** Asks for the frames after `last`; `doubt` is a number that contradicts `last`. */
-  | { type: "ask"; id: number; last?: number | undefined; doubt?: number | undefined }
+  /** Asks for the frames after `last`, which `doubt` contradicts. */
+  | { type: "ask"; id: number; last?: number | undefined; doubt?: Doubt | undefined }
   /** The answer: it begins with number `from`, `lost` are gone; then each frame again; then the end. */
-  | { type: "begin"; id: number; from: number; lost: number }
+  | { type: "begin"; id: number; from: number; lost: number; fresh: number }
   | { type: "again" | "end"; id: number };
 
 type Checks<T extends { type: string }> = Record<T["type"], (value: Record<string, unknown>) => boolean>;
@@ -2427,8 +2529,10 @@ const CONTROLS: Checks<Control> = {
   ping: () => true,
   missing: ({ uid }) => typeof uid === "string",
   ask: ({ id, last, doubt }) =>
-    isNumber(id) && (last === undefined || isNumber(last)) && (doubt === undefined || isNumber(doubt)),
-  begin: ({ id, from, lost }) => isNumber(id) && isNumber(from) && isNumber(lost),
+    isNumber(id) &&
+    (last === undefined || isNumber(last)) &&
+    (doubt === undefined || (isRecord(doubt) && isNumber(doubt["seen"]) && isNumber(doubt["after"]))),
+  begin: ({ id, from, lost, fresh }) => isNumber(id) && isNumber(from) && isNumber(lost) && isNumber(fresh),
   again: ({ id }) => isNumber(id),
   end: ({ id }) => isNumber(id),
 };

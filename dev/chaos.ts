@@ -97,7 +97,8 @@ async function run(c: Case, rate: number, brokers: Broker[]): Promise<boolean> {
   while (cells.length < COLUMNS.length - 4) cells.push("");
   printRow([c.point, c.title, rate, ...cells, complaints.length === 0 ? "ok" : "**failed**"]);
   for (const complaint of complaints) console.error(`  ${c.point} at ${rate}/s: ${complaint}`);
-  if (complaints.length > 0) console.error(...errors.slice(0, 20).map((error) => `  reported: ${error}\n`));
+  if (complaints.length > 0)
+    for (const error of errors.slice(0, 8)) console.error(`    reported: ${error.slice(0, 240)}`);
   return complaints.length === 0;
 }
 
@@ -955,6 +956,7 @@ async function serve({ name, urls, rate, streak, options }: ServerSettings): Pro
     },
     report: () => {},
     close: async () => {
+      await commands.stop();
       await io.close();
       process.off("disconnect", abandoned); // has to end by itself
       process.disconnect?.();

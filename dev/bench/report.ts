@@ -135,7 +135,7 @@ const STYLE = `
 
 /** Horizontal bars, a panel per figure, legible on a light and on a dark page. */
 export function chart(results: Results, note: string): string {
-  const [width, label, bar, row, gap] = [820, 240, 430, 24, 34];
+  const [width, label, bar, row, gap] = [840, 260, 430, 24, 34];
   let y = 8;
   const panels = PANELS.flatMap(({ figure, title }) => {
     const result = results[figure];
