@@ -3,7 +3,7 @@
  * meet; what must not arrive is shown by a later packet on the same way, for order holds.
  */
 import { Server as BunEngine } from "@socket.io/bun-engine";
-import { connect, type Channel, type Options as Amqp } from "amqplib";
+import { connect, type Channel, type ChannelModel, type Options as Amqp } from "amqplib";
 import { afterAll, afterEach, beforeEach, describe, expect, test } from "bun:test";
 import { once } from "node:events";
 import { createServer } from "node:http";
@@ -39,7 +39,7 @@ afterEach(async () => {
   const unexpected = [...errors.values()].flat();
   errors.clear();
   expect(unexpected).toEqual([]);
-}, 15_000);
+}, 5_000); // a close that takes longer waits for what never comes
 
 /** A Socket.IO server on a port of its own. */
 interface Host {
@@ -615,6 +615,21 @@ describe("servers", () => {
     expect(answers).toContainEqual({ sum: 3 });
   });
 
+  test("with a listener that throws lose nothing else, and say so", async () => {
+    const [a, b] = await cluster();
+    const taken: number[] = [];
+    b.io.on("n", (n: number) => {
+      if (n === 3) throw new Error("a listener's");
+      taken.push(n);
+    });
+    const last = once(b.io, "last");
+    for (const n of [1, 2, 3, 4, 5]) a.io.serverSideEmit("n", n);
+    a.io.serverSideEmit("last");
+    await last;
+    expect(taken).toEqual([1, 2, 4, 5]);
+    expect(errorsOf(b)).toEqual([expect.stringContaining("a listener's")]);
+  });
+
   test("that do not answer in time are an error, with the answers that came", async () => {
     const [a, b] = await cluster({ requestsTimeout: 200 });
     b.io.on("name?", (answer: (name: string) => void) => answer("b"));
@@ -745,6 +760,23 @@ describe("namespaces", () => {
     await eventually(async () => expect(await late.fetchSockets()).toHaveLength(1));
     expect(await milliseconds(() => late.fetchSockets())).toBeLessThan(500);
     expect(await late.timeout(2_000).emitWithAck("name?")).toEqual(["late"]);
+  });
+
+  test("that close and open again at once are as new", async () => {
+    const [a, b] = await cluster(undefined, { cleanupEmptyChildNamespaces: true });
+    for (const { io } of [a, b]) io.of(/^\/dynamic-/).on("connection", (socket) => socket.emit("welcome"));
+    for (let round = 0; round < 10; round++) {
+      const [ann, bob] = await Promise.all([join(a, ["red"], "/dynamic-1"), join(b, ["red"], "/dynamic-1")]);
+      await Promise.all([a, b].map(({ io }) => adapterOf(io, "/dynamic-1").ready));
+      const hello = Promise.all([ann, bob].flatMap(({ client }) => [received(client, "a"), received(client, "b")]));
+      a.io.of("/dynamic-1").to("red").emit("a");
+      b.io.of("/dynamic-1").emit("b");
+      await hello;
+      const gone = [ann, bob].map(({ socket }) => once(socket, "disconnect"));
+      ann.client.disconnect();
+      bob.client.disconnect();
+      await Promise.all(gone);
+    }
   });
 
   test("close together, with what is being bound and unbound", async () => {
@@ -1165,13 +1197,15 @@ describe("a connection", () => {
       amqpConnection: () => {
         if (++calls === 1) throw new Error("thrown");
         if (calls === 2) return Promise.reject(new Error("rejected"));
-        return calls < 5 ? connect("amqp://127.0.0.1:1") : connect(broker.url);
+        if (calls === 3) return {} as ChannelModel;
+        return calls < 6 ? connect("amqp://127.0.0.1:1") : connect(broker.url);
       },
     });
     await node.adapter.ready;
     const said = errorsOf(node).join();
     expect(said).toContain("thrown");
     expect(said).toContain("rejected");
+    expect(said).toContain("amqpConnection returned {}");
     expect(said).toContain("ECONNREFUSED");
     expect(node.adapter.stats.connected).toBe(true);
   });

@@ -140,7 +140,8 @@ export function createAdapter(options: AdapterOptions): (nsp: Namespace) => Amqp
   // A function, not an arrow: Socket.IO calls it with `new`.
   return function (nsp: Namespace): AmqpAdapter {
     let member = members.get(nsp.server);
-    if (!member || member.closing) members.set(nsp.server, (member = new Member(settings)));
+    // A server that was closed stays closed, until it is given an adapter anew.
+    if (!member || (member.closing && nsp.name === "/")) members.set(nsp.server, (member = new Member(settings)));
     return new AmqpAdapter(nsp, member, settings);
   };
 }
@@ -842,6 +843,7 @@ class Member {
 
   /** A namespace opens. The first one starts the connections. */
   join(tenant: Tenant): void {
+    if (this.closing) return tenant.opened.reject(new Error("The server has been closed"));
     this.#tenants.set(tenant.nsp.name, tenant);
     tenant.bindings.owner = tenant;
     this.#revision++;
@@ -1636,7 +1638,8 @@ class Topology {
     await this.follow(bindings, EVERYONE);
     await Promise.all([...bindings.keys()].map((key) => this.follow(bindings, key)));
     await Promise.all([...bindings.work.values()].map(({ promise }) => promise));
-    if (!bindings.owner && bindings.bound.size === 0) this.#all.delete(bindings.nsp);
+    const { nsp, owner, bound } = bindings;
+    if (!owner && bound.size === 0 && this.#all.get(nsp) === bindings) this.#all.delete(nsp);
   }
 
   /** Makes one binding what is wanted of it. Returns undefined if it is that already, or while the broker is away. */
@@ -2009,8 +2012,7 @@ class Outbox {
     this.#counts.packetsSent += packets;
     try {
       channel.publish(to.exchange, to.key, body, to.options, (error: Error | null) => {
-        if (channel !== this.#channel) return;
-        if (error && error.message !== NACKED) return this.#lose(error);
+        if (channel !== this.#channel || (error && error.message !== NACKED)) return; // the channel has closed, and says so
         if (error) this.#drop(); // a queue that is full, by its arguments
         entry.confirmed = true;
         this.#unconfirmed--;
@@ -2083,10 +2085,11 @@ class Outbox {
     const channel = await model.createConfirmChannel();
     channel.on("error", (error: BrokerError) => {
       // An exchange that was declared has gone with its last binding: once more, on a new channel.
-      if (error.code === 404 && !this.#closed && channel === this.#channel) this.#again(model, lose, error);
-      else lose(error);
+      // In a turn of its own, for amqplib is not through with this one.
+      if (error.code !== 404 || this.#closed || channel !== this.#channel) return lose(error);
+      queueMicrotask(() => this.#again(model, lose, error));
     });
-    channel.on("close", () => queueMicrotask(() => channel === this.#channel && lose(new Error("Channel closed"))));
+    channel.on("close", () => setImmediate(() => channel === this.#channel && lose(new Error("Channel closed"))));
     channel.on("return", ({ fields }) => this.events.unreachable(fields.routingKey.slice(ALL_SERVERS.length)));
     const emitter: NodeJS.EventEmitter = model;
     emitter.on("blocked", (reason: string) => {
