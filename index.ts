@@ -1341,13 +1341,14 @@ class Link {
     for (let attempt = 0; !this.#closed; attempt++) {
       const { promise: lost, resolve: lose } = Promise.withResolvers<Error>();
       let model: AmqpConnection | undefined;
+      let unwatch: (() => void) | undefined;
       let error: Error;
       try {
         model = await this.#open();
         users.set(model, (users.get(model) ?? 0) + 1);
         this.#lose = lose;
         if (this.#closed) lose(new Error("closed"));
-        watch(model, lose);
+        unwatch = watch(model, lose);
         const failed = await Promise.race([this.events.up(model, lose), lost]);
         if (failed) throw failed;
         this.upSince = performance.now();
@@ -1362,6 +1363,7 @@ class Link {
       this.upSince = undefined;
       this.events.down(error);
       if (model) await release(model);
+      unwatch?.();
       this.#lose = undefined;
       if (this.#closed) return;
       // Once per outage, unless there is news.
@@ -1399,17 +1401,24 @@ class Link {
   }
 }
 
-function watch(model: AmqpConnection, lose: Lose): void {
+/** Hears of the connection's end. Returns what stops it, for others may go on using the connection. */
+function watch(model: AmqpConnection, lose: Lose): () => void {
   // Both kinds have these events, and their overloads of `on` do not unite.
   const emitter: NodeJS.EventEmitter = model;
-  emitter.on("error", lose);
-  emitter.on("close", (error?: Error) => lose(error ?? new Error("Connection closed")));
+  const closed = (error?: Error) => lose(error ?? new Error("Connection closed"));
+  emitter.on("error", lose).on("close", closed);
   emitter.on("disconnect", lose); // amqplib's recovering connection: replaced, not waited for
   // amqplib leaves its socket out of its types. It also leaves Nagle's algorithm on, which holds a small message back for
   // up to 40 ms while another is under way, and does not look at the socket's own "close".
-  const { connection } = model as { connection?: { stream?: Partial<TcpSocket> } };
-  connection?.stream?.setNoDelay?.(true);
-  connection?.stream?.once?.("close", () => queueMicrotask(() => lose(new Error("Socket closed"))));
+  const stream = (model as { connection?: { stream?: Partial<TcpSocket> } }).connection?.stream;
+  const cut = () => queueMicrotask(() => lose(new Error("Socket closed")));
+  stream?.setNoDelay?.(true);
+  stream?.once?.("close", cut);
+  return () => {
+    emitter.off("close", closed).off("disconnect", lose);
+    stream?.off?.("close", cut);
+    if (users.get(model)) emitter.off("error", lose); // the last one stays: amqplib throws what nobody listens for
+  };
 }
 
 /** How long a closing server unbinds its rooms, in ms, before it lets its queue go with the rest. */
@@ -1824,7 +1833,7 @@ interface OutboxEvents {
 }
 
 /** How many frames may be unconfirmed before one that still grows waits, and grows on. */
-const WINDOW = 8;
+const WINDOW = 4;
 /** amqplib's word for a message that the broker did not take. */
 const NACKED = "message nacked";
 /** How many bytes of complete frames may be unconfirmed before the next one waits. */
