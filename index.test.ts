@@ -8,10 +8,12 @@ import { afterAll, afterEach, beforeEach, describe, expect, test } from "bun:tes
 import { once } from "node:events";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
+import { setInterval } from "node:timers/promises";
 import { Server, type RemoteSocket, type ServerOptions, type Socket } from "socket.io";
 import { Manager, type ManagerOptions, type Socket as ClientSocket } from "socket.io-client";
 import * as msgpack from "socket.io-msgpack-parser";
 import { startBroker } from "./dev/broker";
+import { Proxy } from "./dev/proxy";
 import {
   AmqpAdapter,
   createAdapter,
@@ -1319,6 +1321,150 @@ describe("a connection", () => {
     });
     nodes.forEach(errorsOf);
   }, 30_000);
+});
+
+describe("an outage", () => {
+  /** The crew, each server behind a link of its own, that can be cut. */
+  async function linked(options: Partial<AdapterOptions> = {}) {
+    const links = await Promise.all([Proxy.open(broker.port), Proxy.open(broker.port), Proxy.open(broker.port)]);
+    const [a, b, c] = await Promise.all(
+      links.map(({ port }) =>
+        start({ ...options, amqpConnection: () => connect(`amqp://guest:guest@127.0.0.1:${port}?heartbeat=2`) }),
+      ),
+    );
+    if (!a || !b || !c) throw new Error("three links are three servers");
+    const nodes = [a, b, c];
+    closers.push(async () => {
+      await Promise.all(nodes.map(({ adapter }) => adapter.close()));
+      for (const link of links) link.close();
+    });
+    await acquainted(nodes);
+    const [bob, cat] = await Promise.all([join(b, ["red"]), join(c, ["red"])]);
+    return { links, nodes, a, b, c, bob, cat };
+  }
+
+  /** Emits numbers to the room, plain and with binary, until it is told to stop. Returns how many it has emitted. */
+  async function count({ io }: Node, sender: string, until: Promise<unknown>): Promise<number> {
+    let stopped = false;
+    void until.then(() => (stopped = true));
+    let number = 0;
+    for await (const _ of setInterval(5)) {
+      io.to("red").emit("number", sender, number, ...(number % 7 === 0 ? [Buffer.from([number % 256])] : []));
+      number++;
+      if (stopped) return number;
+    }
+    return number;
+  }
+
+  /** The numbers of one sender that a client has heard. */
+  const numbers = ({ heard }: Member, sender: string): unknown[] =>
+    heard.filter(([event, from]) => event === "number" && from === sender).map(([, , number]) => number);
+  const upTo = (count: number): number[] => Array.from({ length: count }, (_, number) => number);
+
+  const faults: Record<string, (links: Proxy[]) => Promise<unknown>> = {
+    "of the receiver": async ([, link]) => (link?.cut(), Bun.sleep(1_000).then(() => link?.heal())),
+    "of the sender": async ([link]) => (link?.cut(), Bun.sleep(1_000).then(() => link?.heal())),
+    "of everybody": async (links) => {
+      for (const link of links) link.cut();
+      await Bun.sleep(1_000);
+      for (const link of links) link.heal();
+    },
+    "of the publishing connections": async (links) => {
+      for (const link of links) link.cut("publishing");
+      for (const link of links) link.heal();
+    },
+    "of the consuming connections": async (links) => {
+      for (const link of links) link.cut("consuming");
+      for (const link of links) link.heal();
+    },
+    "of the broker": () => broker.stop().then(() => broker.start()),
+    "that nobody is told of": async ([, link]) => {
+      link?.silence();
+      await Bun.sleep(1_000);
+    },
+  };
+  test.each(Object.entries(faults))(
+    "%s loses, doubles and reorders nothing",
+    async (_, fault) => {
+      const { links, nodes, a, b, bob, cat } = await linked();
+      const over = Promise.withResolvers<void>();
+      const counted = Promise.all([count(a, "a", over.promise), count(b, "b", over.promise)]);
+      await eventually(() => expect(numbers(cat, "a").length).toBeGreaterThan(20));
+      await fault(links);
+      await eventually(() => {
+        for (const { adapter } of nodes) expect(adapter.stats).toMatchObject({ connected: true, unconfirmed: 0 });
+        expect(nodes.some(({ adapter }) => adapter.stats.lastError)).toBe(true);
+      }, 15_000);
+      over.resolve();
+      const [ofA, ofB] = await counted;
+      await eventually(() => expect(numbers(bob, "a").at(-1)).toBe(ofA - 1), 15_000);
+      await eventually(() => expect(numbers(cat, "a").at(-1)).toBe(ofA - 1), 15_000);
+      await eventually(() => expect(numbers(cat, "b").at(-1)).toBe(ofB - 1), 15_000);
+      expect(numbers(bob, "a")).toEqual(upTo(ofA));
+      expect(numbers(cat, "a")).toEqual(upTo(ofA));
+      expect(numbers(cat, "b")).toEqual(upTo(ofB));
+      for (const { adapter } of nodes) expect(adapter.stats.lost).toBe(0);
+      nodes.forEach(errorsOf);
+    },
+    45_000,
+  );
+
+  test("longer than the journal says how many frames are lost, delivers the rest in order, and goes on", async () => {
+    const { links, nodes, a, b, bob, cat } = await linked({ journal: { ms: 300 } });
+    const over = Promise.withResolvers<void>();
+    const counted = count(a, "a", over.promise);
+    await eventually(() => expect(numbers(bob, "a").length).toBeGreaterThan(20));
+    links[1]?.cut();
+    await eventually(() => expect(numbers(cat, "a").length).toBeGreaterThan(250), 10_000);
+    links[1]?.heal();
+    await eventually(() => expect(b.adapter.stats.lost).toBeGreaterThan(0), 10_000);
+    over.resolve();
+    const ofA = await counted;
+    await eventually(() => expect(numbers(bob, "a").at(-1)).toBe(ofA - 1), 10_000);
+    const heard = numbers(bob, "a");
+    expect(heard).toEqual([...new Set(heard)].toSorted((one, other) => Number(one) - Number(other)));
+    expect(numbers(cat, "a")).toEqual(upTo(ofA));
+    // A frame holds one number, or a few where this process was held up.
+    expect(b.adapter.stats.lost).toBeLessThanOrEqual(ofA - heard.length);
+    expect(errorsOf(b).join()).toMatch(new RegExp(`Lost ${b.adapter.stats.lost} frames of peer`));
+    nodes.forEach(errorsOf);
+  }, 45_000);
+
+  test("that a forged number pretends silences nobody", async () => {
+    const { nodes, a, b, c, bob, cat } = await linked();
+    const spy = await connect(broker.url);
+    closers.push(() => spy.close());
+    const channel = await spy.createChannel();
+    const { queue } = await channel.assertQueue("", { exclusive: true });
+    await channel.bindQueue(queue, `${prefix}#/`, "#red");
+    const captured = Promise.withResolvers<Buffer>();
+    await channel.consume(queue, (message) => message && captured.resolve(message.content), { noAck: true });
+    for (let number = 0; number < 10; number++) a.io.to("red").emit("number", "a", number);
+    const forged = Buffer.from(await captured.promise);
+    forged.writeUIntBE(2 ** 40, 10, 6);
+    await publish(`${prefix}#/`, "@", forged); // counts, but is for nobody's clients
+    await eventually(() => expect(numbers(bob, "a")).toContain(9));
+    for (let number = 10; number < 20; number++) a.io.to("red").emit("number", "a", number);
+    await eventually(() => expect(numbers(bob, "a")).toContain(19));
+    for (const node of [b, c]) await eventually(() => expect(node.adapter.stats.lost).toBe(0));
+    for (const member of [bob, cat])
+      expect(numbers(member, "a").filter((n) => Number(n) >= 10)).toEqual(upTo(20).slice(10));
+    nodes.forEach(errorsOf);
+  });
+
+  test("or none: a frame of an unknown version is reported once per sender", async () => {
+    const { nodes, people } = await crew();
+    const frame = Buffer.alloc(28);
+    frame[0] = 2;
+    const reported = Promise.all(nodes.map(({ adapter }) => once(adapter, "error")));
+    for (const sender of ["somebody", "somebody", "another-"]) {
+      frame.write(sender, 2, "latin1");
+      await publish(`${prefix}#/`, "", frame);
+    }
+    await reported;
+    expect(await heardFrom(nodes[0].io, people)).toEqual(only("", people, []));
+    for (const node of nodes) expect(errorsOf(node).filter((error) => error.includes("version 2"))).toHaveLength(2);
+  });
 });
 
 describe("options", () => {
