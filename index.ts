@@ -80,7 +80,7 @@ export interface AdapterOptions extends MemberOptions {
    */
   socketRooms?: "shared" | "bound";
   /**
-   * How long `fetchSockets()` and `serverSideEmit()` wait for the other servers, in ms.
+   * How long `fetchSockets()` and `serverSideEmit()` wait for the other servers, and `io.close()` for the broker, in ms.
    * @default 5_000
    */
   requestsTimeout?: number;
@@ -275,6 +275,8 @@ interface Packet {
 
 /** The Socket.IO protocol's type of an event, https://socket.io/docs/v4/socket-io-protocol/#packet-types */
 const EVENT = 2;
+/** A server with more sockets answers `fetchSockets()` in several messages, to stay below `maxPayload`. */
+const SOCKETS_PER_ANSWER = 1_000;
 /** Names that Socket.IO keeps for itself: a client's parser refuses the packet and closes its connection. */
 const RESERVED_EVENTS = new Set([
   "connect",
@@ -480,7 +482,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
       take: (message) => {
         if (message.type !== "sockets") return false;
         sockets.push(...message.sockets);
-        return true;
+        return !message.more;
       },
     });
     if (missing > 0) throw new Error(`fetchSockets: ${missing} of ${peers.length} servers did not answer in time`);
@@ -538,7 +540,12 @@ export class AmqpAdapter extends Adapter implements Tenant {
       }
       case "fetch": {
         const sockets = this.#sockets(fromWire(message.opts)).map((socket) => this.#details(socket));
-        return answer({ type: "sockets", id: message.id, sockets });
+        const { id } = message;
+        for (let n = 0; n === 0 || n < sockets.length; n += SOCKETS_PER_ANSWER) {
+          const more = n + SOCKETS_PER_ANSWER < sockets.length;
+          answer({ type: "sockets", id, sockets: sockets.slice(n, n + SOCKETS_PER_ANSWER), more });
+        }
+        return;
       }
       case "broadcast":
         return super.broadcastWithAck(
@@ -548,7 +555,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
           (value: unknown) => answer({ type: "ack", id: message.id, value }),
         );
       default:
-        this.#member.answer(message, from);
+        this.#member.onAnswer(message, from);
     }
   }
 
@@ -668,7 +675,10 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
     this.#send({ type: "emit", id: undefined, args: [name, ...args] });
   }
 
-  /** Resolves when the broker has confirmed everything; rejects if it has not within 5 s. Closes all of its kind. */
+  /**
+   * Resolves when the broker has confirmed everything; rejects if it has not within 5 s. Closes the connections, which all
+   * emitters derived from the same one share.
+   */
   async close(): Promise<void> {
     await this.#member.close(5_000);
   }
@@ -766,14 +776,13 @@ class Member {
   readonly #tenants = new Map<string, Tenant>();
   readonly #peers = new Map<string, Peer>();
   readonly #requests = new Map<number, Request>();
-  /** The question that each peer is being answered. */
-  readonly #answering = new Map<string, number>();
+  /** The question for which each peer is sent what it missed. */
+  readonly #replaying = new Map<string, number>();
   /** Senders whose version has been reported. */
-  readonly #unreadable = new Set<string>();
+  readonly #reportedVersions = new Set<string>();
   readonly #consuming: Link;
   readonly #publishing: Link;
-  /** The queue's. */
-  #channel: Channel | undefined;
+  #queueChannel: Channel | undefined;
   #ids = 0;
   /** How often the queue was made, and the set of namespaces changed. */
   #generation = 0;
@@ -812,7 +821,7 @@ class Member {
       settled,
       down: () => {
         this.topology.down();
-        discard(this.#channel);
+        discard(this.#queueChannel);
       },
     });
     this.#publishing = new Link("publishing", settings.prefix, settings.amqpConnection, report, {
@@ -918,7 +927,7 @@ class Member {
 
   /** Everything that the consuming connection needs, at the start and after each loss. */
   async #consume(model: AmqpConnection, lose: Lose): Promise<void> {
-    const channel = (this.#channel = watched(await model.createChannel(), lose));
+    const channel = (this.#queueChannel = watched(await model.createChannel(), lose));
     // A new name each time: after a half-open link the broker may still hold the old queue.
     const queue = this.names.queue(this.uid, ++this.#generation);
     // Auto-delete as well: a connection that others use stays open when this server closes.
@@ -952,8 +961,8 @@ class Member {
 
   #reportUnreadable(error: Error, source: string): void {
     if (error instanceof UnknownVersion) {
-      if (this.#unreadable.has(error.sender) || this.#unreadable.size >= MAX_PEERS) return;
-      this.#unreadable.add(error.sender);
+      if (this.#reportedVersions.has(error.sender) || this.#reportedVersions.size >= MAX_PEERS) return;
+      this.#reportedVersions.add(error.sender);
     }
     const what = error instanceof FrameError ? "Dropped" : "Failed to handle a message:";
     this.#report(new Error(`${what} ${error.message} (${source})`, { cause: error }));
@@ -1116,7 +1125,7 @@ class Member {
         if (this.#peers.get(control.uid)?.namespaces) void this.#tell(control.uid, { type: "ping" });
         return;
       case "ask":
-        return void this.#answer(peer.uid, control);
+        return void this.#replay(peer.uid, control);
     }
     if (peer.gap?.id !== control.id) return; // the answer to an earlier question
     switch (control.type) {
@@ -1138,7 +1147,7 @@ class Member {
 
   /** Its queue is gone: nobody waits for it, until it says hello. */
   #unreachable(uid: string): void {
-    this.#answering.delete(uid);
+    this.#replaying.delete(uid);
     const peer = this.#peers.get(uid);
     if (!peer?.namespaces) return;
     // Right after an outage its queue may just not be back yet.
@@ -1178,7 +1187,7 @@ class Member {
     return promise;
   }
 
-  answer(message: Answer, from: string): void {
+  onAnswer(message: Answer, from: string): void {
     const request = this.#requests.get(message.id);
     if (request?.missing.has(from) && request.take(message, from)) this.#finish(request, from);
   }
@@ -1234,18 +1243,18 @@ class Member {
   }
 
   /** Sends a peer what it has missed: straight to its queue, in order, a few frames at a time. */
-  async #answer(uid: string, { id, last, doubt }: Control & { type: "ask" }): Promise<void> {
-    if (this.#answering.get(uid) === id) return; // asked again meanwhile
-    this.#answering.set(uid, id);
+  async #replay(uid: string, { id, last, doubt }: Control & { type: "ask" }): Promise<void> {
+    if (this.#replaying.get(uid) === id) return; // asked again meanwhile
+    this.#replaying.set(uid, id);
     const { bodies, ...begin } = this.outbox.since(uid, last, doubt);
     let confirmed = this.#tell(uid, { type: "begin", id, ...begin });
     for (const [index, body] of bodies.entries()) {
       confirmed = this.#tell(uid, { type: "again", id }, body);
       if (index % REPLAY_WINDOW === 0 && !(await confirmed)) break;
-      if (this.#answering.get(uid) !== id) return; // it has asked anew, or is gone
+      if (this.#replaying.get(uid) !== id) return; // it has asked anew, or is gone
     }
     if (await confirmed) void this.#tell(uid, { type: "end", id });
-    if (this.#answering.get(uid) === id) this.#answering.delete(uid);
+    if (this.#replaying.get(uid) === id) this.#replaying.delete(uid);
   }
 
   #takeAgain(peer: Peer, frame: Frame): void {
@@ -1299,7 +1308,7 @@ const BACKOFF = { first: 100, limit: 1_000, refused: 10_000 };
 const STABLE = 5_000;
 
 /** How many links use a connection: a user's function may return the same one every time. */
-const users = new WeakMap<AmqpConnection, number>();
+const linksOn = new WeakMap<AmqpConnection, number>();
 
 /** Keeps one connection up until it is closed. */
 class Link {
@@ -1345,7 +1354,7 @@ class Link {
       let error: Error;
       try {
         model = await this.#open();
-        users.set(model, (users.get(model) ?? 0) + 1);
+        linksOn.set(model, (linksOn.get(model) ?? 0) + 1);
         this.#lose = lose;
         if (this.#closed) lose(new Error("closed"));
         unwatch = watch(model, lose);
@@ -1417,7 +1426,7 @@ function watch(model: AmqpConnection, lose: Lose): () => void {
   return () => {
     emitter.off("close", closed).off("disconnect", lose);
     stream?.off?.("close", cut);
-    if (users.get(model)) emitter.off("error", lose); // the last one stays: amqplib throws what nobody listens for
+    if (linksOn.get(model)) emitter.off("error", lose); // the last one stays: amqplib throws what nobody listens for
   };
 }
 
@@ -1441,8 +1450,8 @@ async function within<T>(ms: number, promise: Promise<T>): Promise<T | undefined
 
 /** Closes what `amqpConnection` returned once nobody uses it. */
 async function release(model: AmqpConnection): Promise<void> {
-  const left = (users.get(model) ?? 1) - 1;
-  users.set(model, left);
+  const left = (linksOn.get(model) ?? 1) - 1;
+  linksOn.set(model, left);
   if (left > 0) return;
   await within(
     CLOSE_PATIENCE,
@@ -1739,11 +1748,10 @@ async function retried(session: Session, lane: Lane, operation: (channel: Channe
   }
 }
 
-const NAMESPACE_EXCHANGE: Options.AssertExchange = { durable: false, autoDelete: true };
-const ROOM_EXCHANGE: Options.AssertExchange = { durable: false, autoDelete: true };
+const TRANSIENT: Options.AssertExchange = { durable: false, autoDelete: true };
 
 async function bindNamespace(channel: Channel, queue: string, exchange: string, key: string): Promise<void> {
-  await channel.assertExchange(exchange, "direct", NAMESPACE_EXCHANGE);
+  await channel.assertExchange(exchange, "direct", TRANSIENT);
   await channel.bindQueue(queue, exchange, key);
 }
 
@@ -1757,7 +1765,7 @@ async function bind(session: Session, lane: Lane, bindings: Bindings, key: strin
   } else {
     const roomExchange = bindings.roomExchange(key);
     await retried(session, lane, async (channel) => {
-      await channel.assertExchange(roomExchange, "fanout", ROOM_EXCHANGE);
+      await channel.assertExchange(roomExchange, "fanout", TRANSIENT);
       await channel.bindQueue(queue, roomExchange, ""); // first the queue, which keeps the exchange alive
       await channel.bindExchange(roomExchange, exchange, key);
     });
@@ -2038,7 +2046,7 @@ class Outbox {
     const channel = this.#channel;
     try {
       this.#declared.add(exchange);
-      await channel?.assertExchange(exchange, "direct", NAMESPACE_EXCHANGE);
+      await channel?.assertExchange(exchange, "direct", TRANSIENT);
     } catch {
       return; // closes the channel, which reports it
     } finally {
@@ -2114,7 +2122,7 @@ class Outbox {
     });
     this.#model = model;
     this.#declared.add(this.root);
-    await channel.assertExchange(this.root, "direct", NAMESPACE_EXCHANGE);
+    await channel.assertExchange(this.root, "direct", TRANSIENT);
     this.#channel = channel;
     this.#lose = lose;
     this.#fresh = this.#sent + 1;
@@ -2493,7 +2501,7 @@ type Message =
   | { type: "broadcast"; id: number; opts: WireOptions; data: unknown[] }
   | Answer;
 type Answer =
-  | { type: "sockets"; id: number; sockets: unknown[] }
+  | { type: "sockets"; id: number; sockets: unknown[]; more: boolean }
   | { type: "answer" | "ack"; id: number; value?: unknown }
   | { type: "clients"; id: number; count: number };
 
