@@ -753,6 +753,8 @@ interface Request {
   readonly end: (missing: number) => void;
 }
 
+/** At least this long between two announcements (ms), for a thousand namespaces that open one after the other. */
+const ANNOUNCE_INTERVAL = 20;
 /** How often peers that owe an answer are asked whether they are there, in ms. */
 const PROBE_INTERVAL = 100;
 /** After how many ms a peer is asked again for what was missed. */
@@ -789,6 +791,8 @@ class Member {
   #revision = 0;
   #announcement: Promise<void> | undefined;
   #unannounced = false;
+  /** Whether the next announcement asks the others for theirs. */
+  #greeting = false;
   /** When the queue last delivered something (ms, monotonic); NaN before the first connection. */
   #heard = NaN;
   /** When this server was back after an outage (ms, monotonic): for a journal's time, strangers may have been missed. */
@@ -810,6 +814,7 @@ class Member {
     this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
     const report = (error: Error) => this.#report(error);
     const settled = () => {
+      this.#greeting = true;
       void this.#announce();
       this.#ask();
     };
@@ -1059,8 +1064,10 @@ class Member {
     while (this.#unannounced && this.#consuming.connected && this.outbox.connected && !this.closing) {
       this.#unannounced = false;
       const bound = this.#bound();
-      if (!(await this.outbox.control(ALL_SERVERS, this.#hello(true)))) return; // lost; the next connection announces
+      if (!(await this.outbox.control(ALL_SERVERS, this.#hello(this.#greeting)))) return; // the next connection announces
+      this.#greeting = false;
       for (const { opened } of [...bound, this]) opened.resolve();
+      if (this.#unannounced) await Bun.sleep(ANNOUNCE_INTERVAL);
     }
   }
 
@@ -1841,7 +1848,7 @@ interface OutboxEvents {
 }
 
 /** How many frames may be unconfirmed before one that still grows waits, and grows on. */
-const WINDOW = 4;
+const WINDOW = 2;
 /** amqplib's word for a message that the broker did not take. */
 const NACKED = "message nacked";
 /** How many bytes of complete frames may be unconfirmed before the next one waits. */

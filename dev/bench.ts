@@ -435,7 +435,7 @@ await broker.close();
 const results = summarise(FIGURES, samples, redis ? "redis" : "amqplib");
 const all = !options.cases && !options.transports;
 const targets = judge(TARGETS, results).filter(({ verdict }) => all || verdict !== "not measured");
-const note = `${cpus().length} cores, Bun ${Bun.version}, ${BODY.bytes} bytes unless said, median of ${rounds}`;
+const note = `${cpus().length} cores, Bun ${Bun.version}, ${BODY.bytes} bytes unless said, medians of up to ${rounds} rounds`;
 console.log([table(results, transports), `${note}.`, "", targets.length ? targetTable(targets) : ""].join("\n"));
 if (options.json) await Bun.write(options.json, `${JSON.stringify({ note, results, targets }, null, 2)}\n`);
 if (options.svg) await Bun.write(options.svg, chart(results, note));
