@@ -827,6 +827,7 @@ class Member {
       down: () => {
         this.topology.down();
         discard(this.#queueChannel);
+        this.#queueChannel = undefined; // what it still delivers would come out of order
       },
     });
     this.#publishing = new Link("publishing", settings.prefix, settings.amqpConnection, report, {
@@ -860,7 +861,6 @@ class Member {
     if (this.closing) return tenant.opened.reject(new Error("The server has been closed"));
     this.#tenants.set(tenant.nsp.name, tenant);
     tenant.bindings.owner = tenant;
-    this.#revision++;
     if (!this.started) return this.start();
     void this.topology.followAll(tenant.bindings).then(() => this.#announce());
   }
@@ -877,7 +877,6 @@ class Member {
       return;
     }
     this.#tenants.delete(name);
-    this.#revision++;
     await this.#announce();
     // What is under way needs the exchange, which goes with the last binding.
     if (this.outbox.connected) await this.outbox.confirmed(this.settings.requestsTimeout);
@@ -942,8 +941,10 @@ class Member {
       this.#back = Infinity;
       for (const peer of this.#peers.values()) this.#miss(peer);
     }
-    const receive = (message: ConsumeMessage | null) =>
-      message ? this.#receive(message) : lose(new Error(`The queue ${queue} was deleted`));
+    const receive = (message: ConsumeMessage | null) => {
+      if (!message) lose(new Error(`The queue ${queue} was deleted`));
+      else if (channel === this.#queueChannel) this.#receive(message);
+    };
     await channel.consume(queue, receive, { noAck: true });
     await this.topology.up(model, queue, lose, [ALL_SERVERS, `${ALL_SERVERS}${this.uid}`]);
     this.#heard = performance.now();
@@ -1056,6 +1057,7 @@ class Member {
   /** Tells everyone who is here with what. One telling at a time: what changes meanwhile goes with the next. */
   #announce(): Promise<void> {
     this.#unannounced = true;
+    this.#revision++;
     this.#announcement ??= this.#tellAll().finally(() => (this.#announcement = undefined));
     return this.#announcement;
   }
@@ -1089,9 +1091,8 @@ class Member {
     const { heartbeatTimeout, journal } = this.settings;
     this.outbox.evict();
     if (this.#back !== undefined && now - this.#back > journal.ms) this.#back = undefined;
-    // Measured by what the queue delivers, this server's own heartbeats too: while it is deaf, silence says nothing.
     for (const peer of this.#peers.values()) {
-      const silence = this.#heard - Math.max(peer.seen, this.#back ?? 0);
+      const silence = this.#silence(peer);
       if (peer.namespaces && silence > heartbeatTimeout) this.#gone(peer);
       // Kept longer than its journal lasts, for it may come back and send again what has been seen.
       if (silence <= heartbeatTimeout + journal.ms) continue;
@@ -1101,6 +1102,11 @@ class Member {
     const position = this.outbox.position;
     if (position !== undefined)
       void this.outbox.control(ALL_SERVERS, { type: "beat", revision: this.#revision, position });
+  }
+
+  /** For how many ms a peer was not heard, by what the queue delivers, which brings this server's own heartbeats too. */
+  #silence(peer: Peer): number {
+    return this.#heard - Math.max(peer.seen, this.#back ?? 0);
   }
 
   #onControl(peer: Peer, frame: Frame): void {
@@ -1227,13 +1233,15 @@ class Member {
   #ask(): void {
     if (!this.#consuming.connected || this.closing) return;
     const now = performance.now();
-    const { heartbeatTimeout } = this.settings;
+    const { heartbeatTimeout, journal } = this.settings;
     let open = false;
     for (const peer of this.#peers.values()) {
       const { gap } = peer;
       if (!gap) continue;
-      if (now - (gap.heldSince ?? now) > heartbeatTimeout) {
-        this.#resume(peer, `did not say for ${heartbeatTimeout} ms what it has sent`);
+      // It may be cut off itself; but what it has sent is gone when it is, or its journal has run out.
+      const silent = gap.held.length > 0 && this.#silence(peer) > heartbeatTimeout;
+      if (silent || now - (gap.heldSince ?? now) > journal.ms) {
+        this.#resume(peer, "has not said what it had sent");
         continue;
       }
       open = true;
@@ -1438,7 +1446,7 @@ function watch(model: AmqpConnection, lose: Lose): () => void {
 }
 
 /** How long a closing server unbinds its rooms, in ms, before it lets its queue go with the rest. */
-const UNBIND_PATIENCE = 10_000;
+const UNBIND_PATIENCE = 5_000;
 /** How long amqpConnection may take, in ms. */
 const CONNECT_PATIENCE = 10_000;
 /** How long an answer to a goodbye is waited for, in ms: a dead link gives none. */
@@ -2037,7 +2045,7 @@ class Outbox {
     try {
       channel.publish(to.exchange, to.key, body, to.options, (error: Error | null) => {
         if (channel !== this.#channel || (error && error.message !== NACKED)) return; // the channel has closed, and says so
-        if (error) this.#drop(); // a queue that is full, by its arguments
+        if (error) debug("frame %d: %s", number, error.message); // one queue is full or gone; its server asks for what it missed
         entry.confirmed = true;
         this.#unconfirmed--;
         this.#inFlight -= body.length;
