@@ -103,8 +103,8 @@ async function run(c: Case, rate: number, brokers: Broker[]): Promise<boolean> {
 }
 
 const whole = ({ lost, where }: Outcome): string[] => (lost === 0 ? [] : [`${lost} lost: ${where.join("; ")}`]);
-const ordered = ({ doubled, reordered }: Outcome): string[] =>
-  doubled + reordered === 0 ? [] : [`${doubled} doubled, ${reordered} reordered`];
+const ordered = ({ doubled, reordered, odd }: Outcome): string[] =>
+  doubled + reordered === 0 ? [] : [`${doubled} doubled, ${reordered} reordered: ${odd.join("; ")}`];
 const flawless = (outcome: Outcome): string[] => [...whole(outcome), ...ordered(outcome)];
 
 // ── The cases ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -209,7 +209,9 @@ function cases(long: number): Case[] {
         const slot = long * 1_500;
         for (let i = 0; i < 10; i++) {
           const end = performance.now() + slot;
-          await f.random.pick(RANDOM_FAULTS)(f, f.random.between(0.5, long / 2));
+          const seconds = f.random.between(0.5, long / 2);
+          const fault = f.random.pick(RANDOM_FAULTS);
+          await fault(f, seconds);
           await Bun.sleep(end - performance.now());
         }
       },
@@ -421,6 +423,8 @@ interface Outcome {
   where: string[];
   doubled: number;
   reordered: number;
+  /** The first ones of them. */
+  odd: string[];
   /** Lost between two servers, however many clients waited. */
   frames: number;
   unhandled: string[];
@@ -477,6 +481,9 @@ class Field {
   readonly peers: Peer[] = [];
   /** How many hostile messages are sent. */
   readonly victims = args.quick ? 20_000 : 100_000;
+  /** What was done when, for a failure's report. */
+  readonly log: string[] = [];
+  readonly #start = performance.now();
   /** What the others had sent when a newcomer was ready, by its name. */
   readonly #since = new Map<string, Report[]>();
   readonly #attempts: number[] = [];
@@ -543,6 +550,11 @@ class Field {
       frames,
       doubled: streams.reduce((sum, stream) => sum + stream.doubled, 0),
       reordered: streams.reduce((sum, stream) => sum + stream.reordered, 0),
+      odd: reports.flatMap(({ name, streams }) =>
+        Object.entries(streams).flatMap(([pair, { odd }]) =>
+          odd.length > 0 ? `${name}.${pair}: ${odd.join(", ")}` : [],
+        ),
+      ),
       unhandled: reports.flatMap((report) => report.unhandled),
       errors: [...new Set(reports.flatMap((report) => report.errors))],
       complaints,
@@ -606,36 +618,48 @@ class Field {
 
   // Faults: each lasts some seconds and leaves everything working.
 
+  #note(fault: string, peers: Peer[], seconds?: number): void {
+    const names = peers.map(({ settings }) => settings.name).join("");
+    const length = seconds === undefined ? "" : ` for ${seconds.toFixed(1)} s`;
+    this.log.push(`${((performance.now() - this.#start) / 1_000).toFixed(1)} s: ${fault} ${names}${length}`);
+  }
+
   async cut(peers: Peer[], seconds: number, role?: Role): Promise<void> {
+    this.#note(`cut ${role ?? "both"}`, peers, seconds);
     for (const { proxy } of peers) proxy?.cut(role);
     await Bun.sleep(seconds * 1_000);
     for (const { proxy } of peers) proxy?.heal();
   }
 
   async silence(peers: Peer[], seconds: number): Promise<void> {
+    this.#note("silence", peers, seconds);
     for (const { proxy } of peers) proxy?.silence();
     await Bun.sleep(seconds * 1_000);
   }
 
   async slow(peers: Peer[], seconds: number): Promise<void> {
+    this.#note("slow", peers, seconds);
     for (const { proxy } of peers) if (proxy) Object.assign(proxy, { latency: 50, stalls: 0.01 });
     await Bun.sleep(seconds * 1_000);
     for (const { proxy } of peers) proxy?.heal();
   }
 
   async freeze(peer: Peer, seconds: number): Promise<void> {
+    this.#note("freeze", [peer], seconds);
     peer.signal("SIGSTOP");
     await Bun.sleep(seconds * 1_000);
     peer.signal("SIGCONT");
   }
 
   async restart(how: "stop" | "kill", seconds: number): Promise<void> {
+    this.#note(`broker ${how}`, [], seconds);
     await this.broker[how]();
     await Bun.sleep(seconds * 1_000);
     await this.broker.start();
   }
 
   async alarm(seconds: number): Promise<void> {
+    this.#note("alarm", [], seconds);
     await this.broker.ctl("set_vm_memory_high_watermark", "0.000001");
     await Bun.sleep(seconds * 1_000);
     await this.broker.ctl("set_vm_memory_high_watermark", "0.4");
@@ -646,7 +670,9 @@ class Field {
     this.peers.splice(this.peers.indexOf(peer), 1);
   }
 
-  async operate(operation: Operation, { proxy }: Peer): Promise<void> {
+  async operate(operation: Operation, peer: Peer): Promise<void> {
+    this.#note(operation, [peer]);
+    const { proxy } = peer;
     const rows = async (list: string, ...columns: string[]) =>
       (await this.broker.ctl("-q", list, ...columns, "--no-table-headers")).split("\n").map((row) => row.split("\t"));
     const connections = await rows("list_connections", "pid", "peer_port");
@@ -768,7 +794,7 @@ interface Report {
   sent: number;
   calls: number;
   /** By `<listener><<sender>`. */
-  streams: Record<string, Pick<Stream, "last" | "doubled" | "reordered" | "gaps">>;
+  streams: Record<string, Pick<Stream, "last" | "doubled" | "reordered" | "odd" | "gaps">>;
   unhandled: string[];
   errors: string[];
   stats: AdapterStats;
@@ -786,14 +812,20 @@ class Stream {
   last = 0;
   doubled = 0;
   reordered = 0;
+  /** The first ones that were doubled or reordered. */
+  readonly odd: string[] = [];
   readonly #missing = new Set<number>();
 
   take(n: number): void {
     if (n > this.last) {
       for (let missed = this.last + 1; missed < n; missed++) this.#missing.add(missed);
       this.last = n;
-    } else if (this.#missing.delete(n)) this.reordered++;
+      return;
+    }
+    const late = this.#missing.delete(n);
+    if (late) this.reordered++;
     else this.doubled++;
+    if (this.odd.length < 5) this.odd.push(`${n} ${late ? "late" : "again"} after ${this.last}`);
   }
 
   /** From and to, of what has not come. */
@@ -920,7 +952,10 @@ async function serve({ name, urls, rate, streak, options }: ServerSettings): Pro
     sent,
     calls,
     streams: Object.fromEntries(
-      [...streams].map(([key, { last, doubled, reordered, gaps }]) => [key, { last, doubled, reordered, gaps }]),
+      [...streams].map(([key, { last, doubled, reordered, odd, gaps }]) => [
+        key,
+        { last, doubled, reordered, odd, gaps },
+      ]),
     ),
     unhandled,
     errors: [...errors],
