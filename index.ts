@@ -722,6 +722,9 @@ interface Peer {
   revision: number;
   /** The first number that it sent for the first time on its connection, as far as it has said. */
   fresh: number;
+  /** The numbers of the latest frames taken, and how many there were: the oldest makes room. */
+  readonly recent: number[];
+  taken: number;
   /** Set while frames may be missing, until the peer has sent them again. */
   gap?: Gap | undefined;
 }
@@ -761,6 +764,11 @@ const PROBE_INTERVAL = 100;
 const ASK_AGAIN = 500;
 /** How many replayed frames may be unconfirmed. */
 const REPLAY_WINDOW = 64;
+/**
+ * How many numbers of frames are remembered of each peer. When a node of a RabbitMQ cluster dies, the others may deliver a
+ * few frames out of order; what is then sent again must not be taken twice.
+ */
+const RECENT = 1_024;
 /** How many strangers are remembered at most, so that forged ids cannot fill the memory. */
 const MAX_PEERS = 10_000;
 
@@ -1013,6 +1021,11 @@ class Member {
       return;
     }
     peer.last = frame.number;
+    if (frame.again && peer.recent.includes(frame.number)) {
+      this.#counts.duplicates++; // `last` has been put back since
+      return;
+    }
+    peer.recent[peer.taken++ % RECENT] = frame.number;
     this.#counts.framesReceived++;
     this.#counts.packetsReceived += frame.packets;
     if (frame.kind === Kind.Packets) {
@@ -1043,7 +1056,7 @@ class Member {
     let peer = this.#peers.get(uid);
     if (!peer) {
       if (this.#peers.size >= MAX_PEERS) this.#forgetStranger();
-      peer = { uid, last: NaN, fresh: 0, seen: this.#heard, greeted: -Infinity, revision: -1 };
+      peer = { uid, last: NaN, fresh: 0, recent: [], taken: 0, seen: this.#heard, greeted: -Infinity, revision: -1 };
       this.#peers.set(uid, peer);
       if (this.#back !== undefined) this.#miss(peer); // it may have come during the outage
     }
