@@ -38,6 +38,9 @@ const { values: args } = parseArgs({
   },
 });
 
+/** How many hostile messages are sent. */
+const HOSTILE = args.quick ? 20_000 : 100_000;
+
 // ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const COLUMNS =
@@ -97,6 +100,7 @@ async function run(c: Case, rate: number, brokers: Broker[]): Promise<boolean> {
   while (cells.length < COLUMNS.length - 4) cells.push("");
   printRow([c.point, c.title, rate, ...cells, complaints.length === 0 ? "ok" : "**failed**"]);
   for (const complaint of complaints) console.error(`  ${c.point} at ${rate}/s: ${complaint}`);
+  if (complaints.length > 0 && field.log.length > 0) console.error(`    faults: ${field.log.join("; ")}`);
   if (complaints.length > 0)
     for (const error of errors.slice(0, 8)) console.error(`    reported: ${error.slice(0, 240)}`);
   return complaints.length === 0;
@@ -235,7 +239,7 @@ function cases(long: number): Case[] {
     },
     {
       point: "hostile",
-      title: "100,000 hostile messages",
+      title: `${HOSTILE.toLocaleString("en")} hostile messages`,
       fault: bombard,
       // A copy of an honest frame under a forged number cannot be told from a new one.
       verdict: whole,
@@ -385,7 +389,7 @@ const FORGERIES: ((random: Random, real: Buffer, uid: string) => Buffer | string
 ];
 
 /** Sends forgeries to a server's queue and to all kinds of exchanges. */
-async function bombard({ broker, random, victims }: Field): Promise<void> {
+async function bombard({ broker, random }: Field): Promise<void> {
   const connection = await connect(broker.url);
   const channel = await connection.createConfirmChannel();
   const { queue } = await channel.assertQueue("", { exclusive: true });
@@ -399,7 +403,7 @@ async function bombard({ broker, random, victims }: Field): Promise<void> {
   const queues = (await broker.queues(`${PREFIX}@`)).map(({ name }) => name);
   const uids = queues.map((name) => name.slice(PREFIX.length + 1, name.lastIndexOf(".")));
   const rooms = ["", "@", "#north", "#nobody", ...uids.map((uid) => `@${uid}`)];
-  for (let i = 1; i <= victims; i++) {
+  for (let i = 1; i <= HOSTILE; i++) {
     const body = random.pick(FORGERIES)(random, Buffer.from(random.pick(captured)), random.pick(uids));
     const contentType = typeof body === "string" ? "application/json" : undefined;
     const [to, key] = random.pick([
@@ -479,8 +483,6 @@ class Peer {
 class Field {
   /** Those that are alive. */
   readonly peers: Peer[] = [];
-  /** How many hostile messages are sent. */
-  readonly victims = args.quick ? 20_000 : 100_000;
   /** What was done when, for a failure's report. */
   readonly log: string[] = [];
   readonly #start = performance.now();
@@ -519,11 +521,8 @@ class Field {
       await this.broker.ctl("add_user", this.of.user, this.of.user).catch(() => {}); // there already
       await this.grant();
     }
-    for (const name of "abc") {
-      if (this.brokers.length === 1) this.#proxies.push(await Proxy.open(this.broker.port));
-      this.add(name);
-    }
-    if (this.of.point === "13") this.#proxies.push(await Proxy.open(this.broker.port));
+    if (this.brokers.length === 1) for (const _ of "abcd") this.#proxies.push(await Proxy.open(this.broker.port));
+    for (const name of "abc") this.add(name);
     await this.all("ready");
     const senders = this.peers.filter(({ settings }) => (this.of.senders ?? "abc").includes(settings.name));
     for (const sender of senders) await sender.do("emit");
