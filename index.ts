@@ -1016,8 +1016,11 @@ class Member {
   #take(peer: Peer, frame: Frame): void {
     if (frame.number <= peer.last) {
       this.#counts.duplicates++;
-      // Sent once, yet not newer: it came late over an old connection, or somebody forged `last`. The peer knows.
-      if (!frame.again && frame.number >= peer.fresh) this.#miss(peer, { seen: frame.number, after: frame.number - 1 });
+      // Sent once, yet not newer: it came late over an old connection, or somebody forged `last`. The peer knows; but
+      // one that is older than most of what was taken is no next frame, and not worth a question.
+      const older = peer.recent.filter((number) => number < frame.number).length;
+      if (!frame.again && frame.number >= peer.fresh && older * 2 >= peer.recent.length - 1)
+        this.#miss(peer, { seen: frame.number, after: frame.number - 1 });
       return;
     }
     peer.last = frame.number;
