@@ -1256,7 +1256,7 @@ class Member {
       if (!gap) continue;
       // It may be cut off itself; but what it has sent is gone when it is, or its journal has run out.
       const silent = gap.held.length > 0 && this.#silence(peer) > heartbeatTimeout;
-      if (silent || now - (gap.heldSince ?? now) > journal.ms) {
+      if (silent || now - (gap.heldSince ?? now) > Math.max(journal.ms, heartbeatTimeout)) {
         this.#resume(peer, "has not said what it had sent");
         continue;
       }
