@@ -1247,7 +1247,7 @@ class Member {
 
   /** Asks each peer that has a gap, again and again: its queue may not be back yet either. */
   #ask(): void {
-    if (!this.#consuming.connected || this.closing) return;
+    if (!this.#consuming.connected || !this.outbox.connected || this.closing) return;
     const now = performance.now();
     const { heartbeatTimeout, journal } = this.settings;
     let open = false;
