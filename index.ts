@@ -1147,7 +1147,10 @@ class Member {
         return;
       case "bye":
         this.#gone(peer);
-        return this.#resume(peer, "has closed without saying what it had sent");
+        return this.#resume(
+          peer,
+          peer.last >= control.position ? undefined : "has closed without saying what it had sent",
+        );
       case "ping":
         return;
       case "missing":
@@ -1848,7 +1851,8 @@ interface Entry {
   readonly packets: number;
   /** When it was complete (ms, monotonic). */
   readonly at: number;
-  sent: boolean;
+  /** When it was last sent (ms, monotonic); 0 before. */
+  sentAt: number;
   confirmed: boolean;
 }
 
@@ -1877,6 +1881,12 @@ const WINDOW = 2;
 const NACKED = "message nacked";
 /** How many bytes of complete frames may be unconfirmed before the next one waits. */
 const IN_FLIGHT = 256 * 1024;
+/**
+ * A frame is late when its confirm takes this many ms, and as many times longer than confirms do. Then the next one waits,
+ * for in a cluster whose nodes have just lost touch RabbitMQ may deliver the later of two unconfirmed messages first. For the
+ * same reason the first one on a connection goes ahead alone.
+ */
+const LATE = { ms: 1, times: 3 };
 /** A frame takes packets up to about this size, in bytes. */
 const FRAME_SIZE = 32 * 1024;
 /** What the header and a replay add to a packet, at most (bytes). */
@@ -1918,6 +1928,8 @@ class Outbox {
   #fresh = 1;
   #unconfirmed = 0;
   #inFlight = 0;
+  /** How long a confirm takes (ms): a moving average; NaN before the first on this connection. */
+  #latency = NaN;
   /** This one and all before it are confirmed, or gone. */
   #settled = 0;
   readonly #waiters: { number: number; resolve: () => void }[] = [];
@@ -1993,7 +2005,7 @@ class Outbox {
     const at = performance.now();
     const number = ++this.#number;
     const body = encodeFrame(to.kind, this.uid, number, to.head, packets, table, text, binaries);
-    this.#journal.push({ to, number, body, packets, at, sent: false, confirmed: false });
+    this.#journal.push({ to, number, body, packets, at, sentAt: 0, confirmed: false });
     this.#bytes += sizeOf(body);
     this.#waiting += sizeOf(body);
     if (!this.#channel) this.evict();
@@ -2017,16 +2029,18 @@ class Outbox {
       }
       this.#next++;
       if (entry) this.#waiting -= sizeOf(entry.body);
-      if (entry?.sent && entry.to.volatile) entry.confirmed = true; // not twice
+      if (entry && entry.sentAt > 0 && entry.to.volatile) entry.confirmed = true; // not twice
       if (entry && !entry.confirmed) this.#publish(this.#channel, entry);
     }
     this.evict();
     this.#settle();
   };
 
-  /** Frames that are complete, and can grow no more, go on for some bytes. */
+  /** Frames that are complete, and can grow no more, go on for some bytes, unless the oldest one is late. */
   #hasRoom(): boolean {
-    return this.#inFlight < IN_FLIGHT;
+    if (this.#inFlight >= IN_FLIGHT) return false;
+    const oldest = this.#settled + 1 < this.#next ? this.#entry(this.#settled + 1) : undefined;
+    return !oldest || performance.now() - oldest.sentAt < LATE.ms + LATE.times * this.#latency;
   }
 
   #settle(): void {
@@ -2051,8 +2065,8 @@ class Outbox {
 
   #publish(channel: ConfirmChannel, entry: Entry): void {
     const { to, number, body, packets } = entry;
-    if (entry.sent) markAgain(body);
-    entry.sent = true;
+    if (entry.sentAt > 0) markAgain(body);
+    entry.sentAt = performance.now();
     this.#sent = Math.max(this.#sent, number);
     this.#unconfirmed++;
     this.#inFlight += body.length;
@@ -2065,6 +2079,9 @@ class Outbox {
         entry.confirmed = true;
         this.#unconfirmed--;
         this.#inFlight -= body.length;
+        const latency = performance.now() - entry.sentAt;
+        this.#latency = Number.isNaN(this.#latency) ? latency : this.#latency + (latency - this.#latency) / 8;
+        this.#settle();
         this.#flush();
       });
     } catch (error) {
@@ -2157,6 +2174,7 @@ class Outbox {
     this.#channel = channel;
     this.#lose = lose;
     this.#fresh = this.#sent + 1;
+    this.#latency = NaN;
     if (this.#draft) this.#seal(this.#draft);
     this.evict();
     this.#flush();
@@ -2234,7 +2252,7 @@ class Outbox {
   /** Waits up to `ms` until the broker has confirmed everything, and says goodbye. */
   async close(ms: number): Promise<void> {
     const unconfirmed = await this.confirmed(ms);
-    const goodbye = this.control(ALL_SERVERS, { type: "bye" });
+    const goodbye = this.control(ALL_SERVERS, { type: "bye", position: this.#sent });
     this.#closed = true; // nothing may come behind it: the exchanges go any moment now
     await within(CLOSE_PATIENCE, goodbye);
     this.#reportDrops();
@@ -2542,7 +2560,10 @@ type Control =
   | { type: "hello"; namespaces: string[]; revision: number; reply: boolean }
   /** Alive; everything up to `position` has been sent. */
   | { type: "beat"; revision: number; position: number }
-  | { type: "bye" | "ping" }
+  /** Closing; `position` is the last number sent. */
+  | { type: "bye"; position: number }
+  /** Comes back if there is no queue. */
+  | { type: "ping" }
   /** A peer's queue is gone; whoever knows it may look for itself. */
   | { type: "missing"; uid: string }
   /** Asks for the frames after `last`, which `doubt` contradicts. */
@@ -2576,7 +2597,7 @@ const CONTROLS: Checks<Control> = {
   hello: ({ namespaces, revision }) =>
     Array.isArray(namespaces) && namespaces.every((nsp) => typeof nsp === "string") && isNumber(revision),
   beat: ({ revision, position }) => isNumber(revision) && isNumber(position),
-  bye: () => true,
+  bye: ({ position }) => isNumber(position),
   ping: () => true,
   missing: ({ uid }) => typeof uid === "string",
   ask: ({ id, last, doubt }) =>
