@@ -1430,6 +1430,51 @@ describe("an outage", () => {
     nodes.forEach(errorsOf);
   }, 45_000);
 
+  // What RabbitMQ does where nodes of a cluster lose touch, done to the first message to the room on its way to the broker.
+  const disorders: Record<string, (publish: () => unknown, confirm: () => void) => (() => unknown) | void> = {
+    "that delivers a message behind the next one": (publish) => publish,
+    "that confirms a message and delivers it to nobody": (_, confirm) => queueMicrotask(confirm),
+  };
+  test.each(Object.entries(disorders))("of a cluster's nodes, %s, loses and reorders nothing", async (_, disorder) => {
+    let pending: (() => unknown) | void;
+    let struck = false;
+    const disorderly = async () => {
+      const connection = await connect(broker.url);
+      const { createConfirmChannel } = connection;
+      connection.createConfirmChannel = async (options) => {
+        const channel = await createConfirmChannel.call(connection, options);
+        const publish = channel.publish.bind(channel);
+        channel.publish = (exchange, key, content, options, confirmed) => {
+          const send = () => publish(exchange, key, content, options, confirmed);
+          if (!struck && key === "#red") {
+            struck = true;
+            pending = disorder(send, () => confirmed?.(null, {}));
+            return true;
+          }
+          const sent = send();
+          pending?.();
+          pending = undefined;
+          return sent;
+        };
+        return channel;
+      };
+      return connection;
+    };
+    const [a, b] = await Promise.all([start({ amqpConnection: disorderly }), start()]);
+    await acquainted([a, b]);
+    const bob = await join(b, ["red", "blue"]);
+    a.io.to("blue").emit("number", 0);
+    await received(bob.client, "number");
+    a.io.to("red").emit("number", 1);
+    a.io.to("blue").emit("number", 2);
+    a.io.to(["red", "blue"]).emit("number", 3);
+    a.io.emit("number", 4);
+    expect(await heardFrom(a.io, { bob })).toEqual({ bob: [0, 1, 2, 3, 4].map((number) => ["number", number]) });
+    expect(struck).toBe(true);
+    expect(b.adapter.stats.replayed).toBeGreaterThan(0);
+    expect(b.adapter.stats.lost).toBe(0);
+  });
+
   test("that a forged number pretends silences nobody", async () => {
     const { nodes, a, b, c, bob, cat } = await linked();
     const spy = await connect(broker.url);
@@ -1454,7 +1499,7 @@ describe("an outage", () => {
 
   test("or none: a frame of an unknown version is reported once per sender", async () => {
     const { nodes, people } = await crew();
-    const frame = Buffer.alloc(28);
+    const frame = Buffer.alloc(32);
     frame[0] = 2;
     const reported = Promise.all(nodes.map(({ adapter }) => once(adapter, "error")));
     for (const sender of ["somebody", "somebody", "another-"]) {

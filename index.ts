@@ -722,9 +722,10 @@ interface Peer {
   revision: number;
   /** The first number that it sent for the first time on its connection, as far as it has said. */
   fresh: number;
-  /** The numbers of the latest frames taken, and how many there were: the oldest makes room. */
-  readonly recent: number[];
-  taken: number;
+  /** The numbers of the latest frames taken. */
+  readonly recent: Set<number>;
+  /** Frames up to this number are no longer waited for; NaN until one is taken. */
+  sure: number;
   /** Set while frames may be missing, until the peer has sent them again. */
   gap?: Gap | undefined;
 }
@@ -739,7 +740,7 @@ interface Doubt {
 interface Gap {
   readonly id: number;
   doubt: Doubt | undefined;
-  /** Frames that came in the meantime, in order. */
+  /** Frames that came in the meantime. */
   readonly held: Frame[];
   heldBytes: number;
   /** When the first of them came. */
@@ -1003,6 +1004,12 @@ class Member {
 
   /** Takes a frame, or keeps it while something before it may be missing. */
   #hold(peer: Peer, frame: Frame): void {
+    if (!peer.gap) {
+      const missing = this.#missingBefore(peer, frame);
+      if (missing === undefined) return this.#take(peer, frame);
+      peer.last = missing - 1;
+      this.#miss(peer);
+    }
     const { gap } = peer;
     if (!gap) return this.#take(peer, frame);
     gap.held.push(frame);
@@ -1012,23 +1019,38 @@ class Member {
       this.#resume(peer, "sent more than the journal holds before it answered");
   }
 
+  /**
+   * The first of the frames that were under way with this one which should have come to this queue, and has not. Where nodes
+   * of a RabbitMQ cluster lose touch, one publisher's messages may come in another order, or not at all.
+   */
+  #missingBefore({ recent, sure }: Peer, frame: Frame): number | undefined {
+    let missing: number | undefined;
+    for (const [steps, digest] of predecessorsOf(frame)) {
+      const number = frame.number - steps;
+      if (number > sure && !recent.has(number) && this.topology.gets(digest)) missing = number; // the nearest comes first
+    }
+    return missing;
+  }
+
   /** Takes the peer's next frame: numbers grow, and what has been seen is dropped. */
   #take(peer: Peer, frame: Frame): void {
     if (frame.number <= peer.last) {
       this.#counts.duplicates++;
       // Sent once, yet not newer: it came late over an old connection, or somebody forged `last`. The peer knows; but
       // one that is older than most of what was taken is no next frame, and not worth a question.
-      const older = peer.recent.filter((number) => number < frame.number).length;
-      if (!frame.again && frame.number >= peer.fresh && older * 2 >= peer.recent.length - 1)
+      const older = [...peer.recent].filter((number) => number < frame.number).length;
+      if (!frame.again && frame.number >= peer.fresh && older * 2 >= peer.recent.size - 1)
         this.#miss(peer, { seen: frame.number, after: frame.number - 1 });
       return;
     }
     peer.last = frame.number;
-    if (frame.again && peer.recent.includes(frame.number)) {
+    if (frame.again && peer.recent.has(frame.number)) {
       this.#counts.duplicates++; // `last` has been put back since
       return;
     }
-    peer.recent[peer.taken++ % RECENT] = frame.number;
+    peer.recent.add(frame.number);
+    if (peer.recent.size > RECENT) for (const oldest of peer.recent.keys().take(1)) peer.recent.delete(oldest);
+    if (Number.isNaN(peer.sure)) peer.sure = frame.number;
     this.#counts.framesReceived++;
     this.#counts.packetsReceived += frame.packets;
     if (frame.kind === Kind.Packets) {
@@ -1059,7 +1081,16 @@ class Member {
     let peer = this.#peers.get(uid);
     if (!peer) {
       if (this.#peers.size >= MAX_PEERS) this.#forgetStranger();
-      peer = { uid, last: NaN, fresh: 0, recent: [], taken: 0, seen: this.#heard, greeted: -Infinity, revision: -1 };
+      peer = {
+        uid,
+        last: NaN,
+        fresh: 0,
+        recent: new Set(),
+        sure: NaN,
+        seen: this.#heard,
+        greeted: -Infinity,
+        revision: -1,
+      };
       this.#peers.set(uid, peer);
       if (this.#back !== undefined) this.#miss(peer); // it may have come during the outage
     }
@@ -1162,7 +1193,7 @@ class Member {
     if (peer.gap?.id !== control.id) return; // the answer to an earlier question
     switch (control.type) {
       case "begin":
-        peer.last = control.from - 1;
+        peer.last = peer.sure = control.from - 1;
         peer.fresh = control.fresh;
         peer.gap.heldSince &&= this.#heard;
         peer.gap.doubt = undefined;
@@ -1294,7 +1325,7 @@ class Member {
   #takeAgain(peer: Peer, frame: Frame): void {
     if (frame.sender !== peer.uid || frame.kind === Kind.Control)
       throw new FrameError("a replay of somebody else's frame");
-    if (frame.number > peer.last) this.#counts.replayed++;
+    if (frame.number > peer.last && !peer.recent.has(frame.number)) this.#counts.replayed++;
     frame.again = true;
     this.#take(peer, frame);
   }
@@ -1307,10 +1338,11 @@ class Member {
     if (failure && !Number.isNaN(peer.last))
       this.#report(new Error(`Peer ${peer.uid} ${failure}: frames after number ${peer.last} may be lost`));
     const { last } = peer;
-    for (const frame of gap.held) {
+    for (const frame of gap.held.toSorted((one, other) => one.number - other.number)) {
       try {
         if (frame.number <= last)
           this.#counts.duplicates++; // it has been sent again
+        else if (failure) this.#take(peer, frame);
         else this.#hold(peer, frame);
       } catch (error) {
         this.#reportUnreadable(asError(error), `peer ${peer.uid}`);
@@ -1618,6 +1650,8 @@ interface Session {
   readonly queue: string;
   readonly lose: Lose;
   readonly lanes: Lane[];
+  /** Of what the queue is bound to. */
+  readonly digests: Set<number>;
   /** Whether there are too many rooms for exchanges of their own. */
   crowded: boolean;
 }
@@ -1658,9 +1692,11 @@ class Topology {
     if (this.#lost.bindings > MANY_BINDINGS) await removed(model, this.#lost.queue);
     const lanes = await Promise.all(Array.from({ length: LANES }, () => openLane(model)));
     const keys = [...this.#all.values()].reduce((sum, bindings) => sum + bindings.keys().size, 0);
-    const session: Session = { model, queue, lose, lanes, crowded: keys - this.#all.size > MAX_ROOM_EXCHANGES };
-    this.#session = session;
+    const crowded = keys - this.#all.size > MAX_ROOM_EXCHANGES;
     const root = this.names.exchange("/");
+    const digests = new Set(own.map((key) => digestOf(root, key)));
+    const session: Session = { model, queue, lose, lanes, digests, crowded };
+    this.#session = session;
     for (const key of own) await retried(session, lanes[0]!, (channel) => bindNamespace(channel, queue, root, key));
     await this.settle();
   }
@@ -1678,6 +1714,11 @@ class Topology {
       for (const { resolve } of bindings.work.values()) resolve();
       bindings.work.clear();
     }
+  }
+
+  /** Whether the queue gets what is published with this digest. */
+  gets(digest: number): boolean {
+    return this.#session?.digests.has(digest) ?? false;
   }
 
   /** Makes everything what is wanted of it. */
@@ -1806,12 +1847,14 @@ async function bind(session: Session, lane: Lane, bindings: Bindings, key: strin
     viaExchange.add(key);
   }
   bound.add(key);
+  session.digests.add(digestOf(exchange, key));
 }
 
 async function unbind(session: Session, lane: Lane, bindings: Bindings, key: string): Promise<void> {
   if (bindings.viaExchange.has(key)) await unbindRoom(session, lane, bindings, key);
   else await retried(session, lane, (channel) => channel.unbindQueue(session.queue, bindings.exchange, key));
   bindings.bound.delete(key);
+  session.digests.delete(digestOf(bindings.exchange, key));
 }
 
 /** The last one to unbind deletes the exchange. */
@@ -1846,13 +1889,14 @@ interface Draft {
 /** A frame in the journal. */
 interface Entry {
   readonly to: Destination;
+  /** Of its exchange with each of its keys. */
+  readonly digests: number[];
   readonly number: number;
   readonly body: Buffer;
   readonly packets: number;
   /** When it was complete (ms, monotonic). */
   readonly at: number;
-  /** When it was last sent (ms, monotonic); 0 before. */
-  sentAt: number;
+  sent: boolean;
   confirmed: boolean;
 }
 
@@ -1881,16 +1925,10 @@ const WINDOW = 2;
 const NACKED = "message nacked";
 /** How many bytes of complete frames may be unconfirmed before the next one waits. */
 const IN_FLIGHT = 256 * 1024;
-/**
- * A frame is late when its confirm takes this many ms, and as many times longer than confirms do. Then the next one waits,
- * for in a cluster whose nodes have just lost touch RabbitMQ may deliver the later of two unconfirmed messages first. For the
- * same reason the first one on a connection goes ahead alone.
- */
-const LATE = { ms: 1, times: 3 };
 /** A frame takes packets up to about this size, in bytes. */
 const FRAME_SIZE = 32 * 1024;
 /** What the header and a replay add to a packet, at most (bytes). */
-const OVERHEAD = 256;
+const OVERHEAD = 320;
 /** What a journal entry costs beyond its bytes, roughly. */
 const ENTRY_OVERHEAD = 256;
 /** Dropped frames are reported together, this many ms after the first. */
@@ -1928,8 +1966,6 @@ class Outbox {
   #fresh = 1;
   #unconfirmed = 0;
   #inFlight = 0;
-  /** How long a confirm takes (ms): a moving average; NaN before the first on this connection. */
-  #latency = NaN;
   /** This one and all before it are confirmed, or gone. */
   #settled = 0;
   readonly #waiters: { number: number; resolve: () => void }[] = [];
@@ -2004,11 +2040,26 @@ class Outbox {
     this.#draft = undefined;
     const at = performance.now();
     const number = ++this.#number;
-    const body = encodeFrame(to.kind, this.uid, number, to.head, packets, table, text, binaries);
-    this.#journal.push({ to, number, body, packets, at, sentAt: 0, confirmed: false });
+    const { CC = [] } = to.options;
+    const digests = [to.key, ...CC].map((key) => digestOf(to.exchange, key));
+    const body = encodeFrame(to.kind, this.uid, number, to.head, packets, table, text, binaries, this.#behind(to));
+    this.#journal.push({ to, digests, number, body, packets, at, sent: false, confirmed: false });
     this.#bytes += sizeOf(body);
     this.#waiting += sizeOf(body);
     if (!this.#channel) this.evict();
+  }
+
+  /** The frames before the next one that are not confirmed yet: the broker may deliver these in another order. */
+  #behind(to: Destination): Predecessor[] {
+    const behind: Predecessor[] = [];
+    if (to.volatile) return behind;
+    const first = Math.max(this.#settled + 1, this.#number - MAX_PREDECESSORS);
+    for (let number = this.#number - 1; number >= first; number--) {
+      const entry = this.#entry(number);
+      if (!entry || entry.confirmed || entry.to.volatile) continue;
+      for (const digest of entry.digests) behind.push([this.#number - number, digest]);
+    }
+    return behind.slice(0, MAX_PREDECESSORS);
   }
 
   #entry(number: number): Entry | undefined {
@@ -2029,18 +2080,16 @@ class Outbox {
       }
       this.#next++;
       if (entry) this.#waiting -= sizeOf(entry.body);
-      if (entry && entry.sentAt > 0 && entry.to.volatile) entry.confirmed = true; // not twice
+      if (entry?.sent && entry.to.volatile) entry.confirmed = true; // not twice
       if (entry && !entry.confirmed) this.#publish(this.#channel, entry);
     }
     this.evict();
     this.#settle();
   };
 
-  /** Frames that are complete, and can grow no more, go on for some bytes, unless the oldest one is late. */
+  /** Frames that are complete, and can grow no more, go on for some bytes. */
   #hasRoom(): boolean {
-    if (this.#inFlight >= IN_FLIGHT) return false;
-    const oldest = this.#settled + 1 < this.#next ? this.#entry(this.#settled + 1) : undefined;
-    return !oldest || performance.now() - oldest.sentAt < LATE.ms + LATE.times * this.#latency;
+    return this.#inFlight < IN_FLIGHT;
   }
 
   #settle(): void {
@@ -2065,8 +2114,8 @@ class Outbox {
 
   #publish(channel: ConfirmChannel, entry: Entry): void {
     const { to, number, body, packets } = entry;
-    if (entry.sentAt > 0) markAgain(body);
-    entry.sentAt = performance.now();
+    if (entry.sent) markAgain(body);
+    entry.sent = true;
     this.#sent = Math.max(this.#sent, number);
     this.#unconfirmed++;
     this.#inFlight += body.length;
@@ -2079,9 +2128,6 @@ class Outbox {
         entry.confirmed = true;
         this.#unconfirmed--;
         this.#inFlight -= body.length;
-        const latency = performance.now() - entry.sentAt;
-        this.#latency = Number.isNaN(this.#latency) ? latency : this.#latency + (latency - this.#latency) / 8;
-        this.#settle();
         this.#flush();
       });
     } catch (error) {
@@ -2174,7 +2220,6 @@ class Outbox {
     this.#channel = channel;
     this.#lose = lose;
     this.#fresh = this.#sent + 1;
-    this.#latency = NaN;
     if (this.#draft) this.#seal(this.#draft);
     this.evict();
     this.#flush();
@@ -2275,6 +2320,9 @@ class Outbox {
   }
 }
 
+/** Tells what is published to an exchange under a key from all else, but for one in 2^32. */
+const digestOf = (exchange: string, key: string): number => Bun.hash.crc32(`${exchange}\0${key}`);
+
 const sizeOf = (body: Buffer | undefined): number => (body ? body.length + ENTRY_OVERHEAD : 0);
 
 function sameDestination(a: Destination, b: Destination): boolean {
@@ -2373,14 +2421,16 @@ class Routes {
 
 // ── Frames: one AMQP message with one or more packets for the same destination ───────────────────────────────────────
 //
-//  0       1             2         10       16            20          24            28
-//  ┌───────┬─────────────┬─────────┬────────┬─────────────┬───────────┬─────────────┬──────────┬──────┬──────┬──────────┐
-//  │version│ kind, again │ sender  │ number │ head length │ n packets │ n parts     │ n × part │ head │ text │ binaries │
-//  │ 1     │ u8          │ 8 ASCII │ u48    │ u32         │ u32       │ u32         │ u32      │      │      │          │
-//  └───────┴─────────────┴─────────┴────────┴─────────────┴───────────┴─────────────┴──────────┴──────┴──────┴──────────┘
+//  0       1             2         10       16            20          24        28        32
+//  ┌───────┬─────────────┬─────────┬────────┬─────────────┬───────────┬─────────┬─────────┬──────────┬────────────┬──────┬──────┬──────────┐
+//  │version│ kind, again │ sender  │ number │ head length │ n packets │ n parts │ m behind│ n × part │ m × behind │ head │ text │ binaries │
+//  │ 1     │ u8          │ 8 ASCII │ u48    │ u32         │ u32       │ u32     │ u32     │ u32      │ u32, u32   │      │      │          │
+//  └───────┴─────────────┴─────────┴────────┴─────────────┴───────────┴─────────┴─────────┴──────────┴────────────┴──────┴──────┴──────────┘
 //
 // A part is a string or a binary of its packet: its length (UTF-16 code units or bytes), with a bit for a binary and one
-// for a packet that has more parts. All strings stand in one piece of UTF-8, so they are decoded with one call.
+// for a packet that has more parts. All strings stand in one piece of UTF-8, so they are decoded with one call. What stands
+// behind: frames that were not confirmed yet when this one was made, each by how many numbers back and the digest of its
+// exchange and key, the nearest first.
 
 enum Kind {
   /** Encoded by the sender's parser. The head is the JSON of a PacketsHead. */
@@ -2402,11 +2452,16 @@ interface Frame {
   readonly body: Buffer;
 }
 
+/** How many numbers back, and the digest of where it went. */
+type Predecessor = [steps: number, digest: number];
+
 type Part = string | Uint8Array;
 
 const VERSION = 1;
 const AGAIN = 0x80;
-const HEADER = 28;
+const HEADER = 32;
+/** How many predecessors a frame names at most. */
+const MAX_PREDECESSORS = 8;
 const BINARY = 2 ** 31;
 const MORE_PARTS = 2 ** 30;
 
@@ -2430,11 +2485,14 @@ function encodeFrame(
   table: number[],
   text: string,
   binaries: Uint8Array[],
+  behind: Predecessor[] = [],
 ): Buffer {
   const headLength = Buffer.byteLength(head);
   const textLength = Buffer.byteLength(text);
   const binaryLength = binaries.reduce((sum, binary) => sum + binary.length, 0);
-  const frame = Buffer.allocUnsafe(HEADER + table.length * 4 + headLength + textLength + binaryLength);
+  const frame = Buffer.allocUnsafe(
+    HEADER + (table.length + behind.length * 2) * 4 + headLength + textLength + binaryLength,
+  );
   frame[0] = VERSION;
   frame[1] = kind;
   frame.write(sender, 2, "latin1");
@@ -2442,8 +2500,10 @@ function encodeFrame(
   frame.writeUInt32BE(headLength, 16);
   frame.writeUInt32BE(packets, 20);
   frame.writeUInt32BE(table.length, 24);
+  frame.writeUInt32BE(behind.length, 28);
   let offset = HEADER;
   for (const part of table) offset = frame.writeUInt32BE(part, offset);
+  for (const [steps, digest] of behind) offset = frame.writeUInt32BE(digest, frame.writeUInt32BE(steps, offset));
   offset += frame.write(head, offset);
   offset += frame.write(text, offset);
   for (const binary of binaries) {
@@ -2466,7 +2526,7 @@ function readFrame(body: Buffer): Frame {
   const kind = body[1]! & ~AGAIN;
   const headLength = body.readUInt32BE(16);
   const parts = body.readUInt32BE(24);
-  const headStart = HEADER + parts * 4;
+  const headStart = headStartOf(body);
   if (kind < Kind.Packets || kind > Kind.Control || headStart + headLength > body.length)
     throw new FrameError(`a malformed frame (kind ${kind}, ${parts} parts in ${body.length} bytes)`);
   return {
@@ -2480,10 +2540,22 @@ function readFrame(body: Buffer): Frame {
   };
 }
 
+function headStartOf(body: Buffer): number {
+  return HEADER + (body.readUInt32BE(24) + body.readUInt32BE(28) * 2) * 4;
+}
+
+function predecessorsOf({ body }: Frame): Predecessor[] {
+  const end = headStartOf(body);
+  const behind: Predecessor[] = [];
+  for (let offset = HEADER + body.readUInt32BE(24) * 4; offset < end; offset += 8)
+    behind.push([body.readUInt32BE(offset), body.readUInt32BE(offset + 4)]);
+  return behind;
+}
+
 /** The packets of a frame, each with its parts. */
 function packetsOf({ body }: Frame): Part[][] {
   const parts = body.readUInt32BE(24);
-  const textStart = HEADER + parts * 4 + body.readUInt32BE(16);
+  const textStart = headStartOf(body) + body.readUInt32BE(16);
   let binary = body.length;
   for (let i = 0; i < parts; i++) {
     const part = body.readUInt32BE(HEADER + i * 4);

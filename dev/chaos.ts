@@ -312,8 +312,8 @@ class Random {
 
 // ── Hostile input ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Version, kind, sender, number, length of the head, packets, parts; see the README's wire format. */
-const HEADER = { sender: 2, number: 10, head: 16, packets: 20, parts: 24, length: 28 };
+/** Version, kind, sender, number, length of the head, packets, parts, predecessors; see the README's wire format. */
+const HEADER = { sender: 2, number: 10, head: 16, packets: 20, parts: 24, behind: 28, length: 32 };
 const KINDS = { packets: 1, messages: 2, control: 3 };
 const ABSURD = [null, -1, 1e308, 2 ** 53, "", "x", [], {}, [null], true, "9".repeat(1_000), { __proto__: null }];
 
@@ -346,7 +346,7 @@ const FORGERIES: ((random: Random, real: Buffer, uid: string) => Buffer | string
   },
   // Huge lengths and counts.
   (random, real) => {
-    const field = random.pick([HEADER.head, HEADER.packets, HEADER.parts, HEADER.length]);
+    const field = random.pick([HEADER.head, HEADER.packets, HEADER.parts, HEADER.behind, HEADER.length]);
     if (field + 4 <= real.length) real.writeUInt32BE(random.pick([2 ** 32 - 1, 2 ** 31, 2 ** 30 - 1]), field);
     return real;
   },
