@@ -720,8 +720,6 @@ interface Peer {
   namespaces?: Set<string> | undefined;
   /** How often that had changed. */
   revision: number;
-  /** The first number that it sent for the first time on its connection, as far as it has said. */
-  fresh: number;
   /** The numbers of the latest frames taken. */
   readonly recent: Set<number>;
   /** Frames up to this number are no longer waited for; NaN until one is taken. */
@@ -730,7 +728,10 @@ interface Peer {
   gap?: Gap | undefined;
 }
 
-/** A number `seen` that contradicts `last`: if it did not come late, `last` is forged, and what came `after` is missing. */
+/**
+ * A number `seen` that contradicts `last`. Unless one of them is forged, what came `after` is missing: the peer knows, for it
+ * has sent no number above its own last.
+ */
 interface Doubt {
   readonly seen: number;
   readonly after: number;
@@ -789,6 +790,7 @@ class Member {
   readonly #requests = new Map<number, Request>();
   /** The question for which each peer is sent what it missed. */
   readonly #replaying = new Map<string, number>();
+  readonly #replays = new Set<Promise<void>>();
   /** Senders whose version has been reported. */
   readonly #reportedVersions = new Set<string>();
   readonly #consuming: Link;
@@ -916,6 +918,7 @@ class Member {
     for (const timer of [this.#heartbeat, this.#probing, this.#asking]) clearInterval(timer);
     for (const request of [...this.#requests.values()]) request.end(request.missing.size);
     try {
+      await within(ms, Promise.all(this.#replays)); // what a peer has missed goes with this server
       await this.outbox.close(ms);
     } finally {
       // One by one: what goes with the queue goes in one transaction, for which the broker's other users wait.
@@ -1007,8 +1010,7 @@ class Member {
     if (!peer.gap) {
       const missing = this.#missingBefore(peer, frame);
       if (missing === undefined) return this.#take(peer, frame);
-      peer.last = missing - 1;
-      this.#miss(peer);
+      this.#miss(peer, { seen: frame.number, after: missing - 1 });
     }
     const { gap } = peer;
     if (!gap) return this.#take(peer, frame);
@@ -1036,11 +1038,11 @@ class Member {
   #take(peer: Peer, frame: Frame): void {
     if (frame.number <= peer.last) {
       this.#counts.duplicates++;
-      // Sent once, yet not newer: it came late over an old connection, or somebody forged `last`. The peer knows; but
-      // one that is older than most of what was taken is no next frame, and not worth a question.
+      if (frame.again || peer.recent.has(frame.number)) return;
+      // Sent once, yet not newer: it came late, or somebody forged `last`. The peer knows; but one that is older than most
+      // of what was taken is no next frame, and not worth a question.
       const older = [...peer.recent].filter((number) => number < frame.number).length;
-      if (!frame.again && frame.number >= peer.fresh && older * 2 >= peer.recent.size - 1)
-        this.#miss(peer, { seen: frame.number, after: frame.number - 1 });
+      if (older * 2 >= peer.recent.size - 1) this.#miss(peer, { seen: frame.number, after: frame.number - 1 });
       return;
     }
     peer.last = frame.number;
@@ -1084,7 +1086,6 @@ class Member {
       peer = {
         uid,
         last: NaN,
-        fresh: 0,
         recent: new Set(),
         sure: NaN,
         seen: this.#heard,
@@ -1170,10 +1171,7 @@ class Member {
       case "beat":
         if (!peer.namespaces || peer.revision !== control.revision) void this.#tell(peer.uid, this.#hello(true));
         if (peer.gap) return;
-        if (control.position < peer.last) {
-          if (control.position < peer.fresh) return;
-          return this.#miss(peer, { seen: control.position, after: control.position });
-        }
+        if (control.position < peer.last) return this.#miss(peer, { seen: control.position, after: control.position });
         peer.last = control.position; // it comes behind all of them
         return;
       case "bye":
@@ -1187,14 +1185,18 @@ class Member {
       case "missing":
         if (this.#peers.get(control.uid)?.namespaces) void this.#tell(control.uid, { type: "ping" });
         return;
-      case "ask":
-        return void this.#replay(peer.uid, control);
+      case "ask": {
+        const replay = this.#replay(peer.uid, control).finally(() => this.#replays.delete(replay));
+        return void this.#replays.add(replay);
+      }
     }
     if (peer.gap?.id !== control.id) return; // the answer to an earlier question
     switch (control.type) {
       case "begin":
-        peer.last = peer.sure = control.from - 1;
-        peer.fresh = control.fresh;
+        peer.last = control.from - 1;
+        // What the doubtful frame waited for is sent again now, or gone.
+        peer.sure = Math.max(peer.last, peer.gap.doubt?.seen ?? 0);
+        for (const number of peer.recent) if (number > control.to) peer.recent.delete(number); // forged
         peer.gap.heldSince &&= this.#heard;
         peer.gap.doubt = undefined;
         if (control.lost > 0) this.#lost(peer, control.lost);
@@ -1274,7 +1276,8 @@ class Member {
 
   /** Something of this peer's may be missing. */
   #miss(peer: Peer, doubt?: Doubt): void {
-    const { held = [], heldBytes = 0, heldSince } = peer.gap ?? {};
+    const { held = [], heldBytes = 0, heldSince, doubt: earlier } = peer.gap ?? {};
+    if (earlier && !(doubt && doubt.after < earlier.after)) doubt = earlier;
     peer.gap = { id: ++this.#ids, doubt, held, heldBytes, heldSince, askAt: 0 };
     this.#ask();
   }
@@ -1906,8 +1909,8 @@ interface Missed {
   from: number;
   /** How many before it the journal no longer holds. */
   lost: number;
-  /** The first number that was sent for the first time on this connection. */
-  fresh: number;
+  /** The last number that was sent. */
+  to: number;
   bodies: Buffer[];
 }
 
@@ -1962,8 +1965,6 @@ class Outbox {
   /** The next to be sent on this connection, and the last ever sent on any. */
   #next = 1;
   #sent = 0;
-  /** The first that is sent for the first time on this connection. */
-  #fresh = 1;
   #unconfirmed = 0;
   #inFlight = 0;
   /** This one and all before it are confirmed, or gone. */
@@ -2219,7 +2220,6 @@ class Outbox {
     await channel.assertExchange(this.root, "direct", TRANSIENT);
     this.#channel = channel;
     this.#lose = lose;
-    this.#fresh = this.#sent + 1;
     if (this.#draft) this.#seal(this.#draft);
     this.evict();
     this.#flush();
@@ -2281,8 +2281,7 @@ class Outbox {
   /** What a peer has missed, of what was sent: the frames after `last`, or all if it knows of none. */
   since(uid: string, last: number | undefined, doubt: Doubt | undefined): Missed {
     this.evict();
-    // What was sent for the first time on this connection cannot have come late: then `last` is forged.
-    const after = doubt && doubt.seen >= this.#fresh ? doubt.after : last;
+    const after = doubt && doubt.seen <= this.#sent ? Math.min(doubt.after, last ?? Infinity) : last;
     const known = after !== undefined && after <= this.#sent;
     const from = known ? Math.max(after + 1, this.#oldest) : this.#oldest;
     const bodies: Buffer[] = [];
@@ -2291,7 +2290,7 @@ class Outbox {
       const forOthers = entry?.to.key.startsWith(ALL_SERVERS) && entry.to.key !== `${ALL_SERVERS}${uid}`;
       if (entry && !entry.to.volatile && !forOthers) bodies.push(entry.body);
     }
-    return { from, lost: known ? from - after - 1 : 0, fresh: this.#fresh, bodies };
+    return { from, lost: known ? from - after - 1 : 0, to: this.#sent, bodies };
   }
 
   /** Waits up to `ms` until the broker has confirmed everything, and says goodbye. */
@@ -2641,7 +2640,7 @@ type Control =
   /** Asks for the frames after `last`, which `doubt` contradicts. */
   | { type: "ask"; id: number; last?: number | undefined; doubt?: Doubt | undefined }
   /** The answer: it begins with number `from`, `lost` are gone; then each frame again; then the end. */
-  | { type: "begin"; id: number; from: number; lost: number; fresh: number }
+  | { type: "begin"; id: number; from: number; lost: number; to: number }
   | { type: "again" | "end"; id: number };
 
 type Checks<T extends { type: string }> = Record<T["type"], (value: Record<string, unknown>) => boolean>;
@@ -2676,7 +2675,7 @@ const CONTROLS: Checks<Control> = {
     isNumber(id) &&
     (last === undefined || isNumber(last)) &&
     (doubt === undefined || (isRecord(doubt) && isNumber(doubt["seen"]) && isNumber(doubt["after"]))),
-  begin: ({ id, from, lost, fresh }) => isNumber(id) && isNumber(from) && isNumber(lost) && isNumber(fresh),
+  begin: ({ id, from, lost, to }) => isNumber(id) && isNumber(from) && isNumber(lost) && isNumber(to),
   again: ({ id }) => isNumber(id),
   end: ({ id }) => isNumber(id),
 };
