@@ -2646,15 +2646,17 @@ type Control =
 type Checks<T extends { type: string }> = Record<T["type"], (value: Record<string, unknown>) => boolean>;
 
 const isNumber = (value: unknown): boolean => typeof value === "number" && value >= 0;
+const isRoom = (value: unknown): boolean => typeof value === "string" || typeof value === "number";
+/** Users emit to `undefined` as well, which JSON makes null, and mean a room that nobody is in. */
 const isRooms = (value: unknown): value is Room[] =>
-  Array.isArray(value) && value.every((room) => typeof room === "string" || typeof room === "number" || room === null);
+  Array.isArray(value) && value.every((room) => isRoom(room) || room === null);
 const isOptions = (value: unknown): boolean =>
   isRecord(value) && isRooms(value.rooms) && isRooms(value.except) && isRecord(value.flags);
 
 const MESSAGES: Checks<Message> = {
   packet: ({ opts, data }) => isOptions(opts) && Array.isArray(data),
-  join: ({ opts, rooms }) => isOptions(opts) && isRooms(rooms),
-  leave: ({ opts, rooms }) => isOptions(opts) && isRooms(rooms),
+  join: ({ opts, rooms }) => isOptions(opts) && isRooms(rooms) && rooms.every(isRoom),
+  leave: ({ opts, rooms }) => isOptions(opts) && isRooms(rooms) && rooms.every(isRoom),
   disconnect: ({ opts }) => isOptions(opts),
   emit: ({ id, args }) => (id === undefined || isNumber(id)) && Array.isArray(args),
   fetch: ({ id, opts }) => isNumber(id) && isOptions(opts),
