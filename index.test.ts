@@ -958,7 +958,7 @@ describe("on the broker", () => {
     const { adapter } = await start({ queueArguments: { "x-max-length": 1_000 } });
     await adapter.ready;
     expect(await broker.ctl("list_queues", "name", "arguments")).toMatch(new RegExp(`${prefix}#@.*x-max-length.*1000`));
-  });
+  }, 30_000);
 
   test("what the adapter did stands in its stats", async () => {
     const { a, b, people } = await crew();
@@ -1256,7 +1256,7 @@ describe("a connection", () => {
     await reunited(nodes);
     for (const node of nodes) expect(await node.io.fetchSockets()).toHaveLength(3);
     nodes.forEach(errorsOf);
-  });
+  }, 30_000);
 
   test("comes back with the broker, which may also be away at the start", async () => {
     const [a, b] = await Promise.all([start(), start()]);

@@ -10,7 +10,7 @@
  * Read from the top: what you call · the adapter (Socket.IO's side) · the emitter · the member (one server's place in
  * the cluster) · the AMQP side (connections, topology, outbox) · frames, values and names (pure functions).
  */
-import { createHash, randomBytes } from "node:crypto";
+import { createHash, randomBytes, randomInt } from "node:crypto";
 import type { Socket as TcpSocket } from "node:net";
 import { debuglog } from "node:util";
 import type { Channel, ChannelModel, ConfirmChannel, ConsumeMessage, Options, RecoveringChannelModel } from "amqplib";
@@ -730,21 +730,30 @@ interface Peer {
 
 /**
  * A number `seen` that contradicts `last`. Unless one of them is forged, what came `after` is missing: the peer knows, for it
- * has sent no number above its own last.
+ * has sent no number above its own last. Where `after` is undefined, all of it may be.
  */
 interface Doubt {
   readonly seen: number;
-  readonly after: number;
+  readonly after?: number | undefined;
+}
+
+/** What came after the last frame that was taken of those up to a number. */
+function doubtAt({ recent }: Peer, seen: number, number = seen): Doubt {
+  if (recent.size === 0) return { seen, after: number };
+  const taken = [...recent].filter((taken) => taken <= number);
+  return { seen, after: taken.length > 0 ? Math.max(...taken) : undefined };
 }
 
 /** What is asked of a peer after a gap, and what waits until it has answered. */
 interface Gap {
   readonly id: number;
   doubt: Doubt | undefined;
+  /** Whether the answer has begun. */
+  begun: boolean;
   /** Frames that came in the meantime. */
   readonly held: Frame[];
   heldBytes: number;
-  /** When the first of them came. */
+  /** Since when they wait without a word of the answer. */
   heldSince: number | undefined;
   askAt: number;
 }
@@ -771,7 +780,7 @@ const REPLAY_WINDOW = 64;
  * few frames out of order; what is then sent again must not be taken twice.
  */
 const RECENT = 1_024;
-/** How many strangers are remembered at most, so that forged ids cannot fill the memory. */
+/** How many peers are remembered at most, so that forged ids cannot fill the memory. */
 const MAX_PEERS = 10_000;
 
 /** Owns the connections, the queue and the numbers that a server shares between all its namespaces. */
@@ -812,7 +821,7 @@ class Member {
   #probing: Timeout | undefined;
   #asking: Timeout | undefined;
   #counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0 };
-  #missed = 0;
+  #lostOfPeers = 0;
   #lastError: Error | undefined;
 
   constructor(
@@ -831,7 +840,7 @@ class Member {
     };
     // Not in amqplib's turn: it would answer a user's callback that throws by closing the channel.
     const unreachable = (uid: string) => queueMicrotask(() => this.#unreachable(uid));
-    this.outbox = new Outbox(this.uid, this.#root, settings, { report, unreachable, unblocked: settled });
+    this.outbox = new Outbox(this.uid, this.#root, settings, { report, unreachable, ready: settled });
     this.#consuming = new Link("consuming", settings.prefix, settings.amqpConnection, report, {
       up: (model, lose) => this.#consume(model, lose),
       settled,
@@ -854,7 +863,7 @@ class Member {
       connected: this.#consuming.connected && this.#publishing.connected,
       ...this.#counts,
       ...this.outbox.stats,
-      lost: this.#missed + this.outbox.dropped,
+      lost: this.#lostOfPeers + this.outbox.dropped,
       reconnects: { consuming: reconnects(this.#consuming), publishing: reconnects(this.#publishing) },
       lastError: this.#lastError,
     };
@@ -918,8 +927,9 @@ class Member {
     for (const timer of [this.#heartbeat, this.#probing, this.#asking]) clearInterval(timer);
     for (const request of [...this.#requests.values()]) request.end(request.missing.size);
     try {
+      const start = performance.now();
       await within(ms, Promise.all(this.#replays)); // what a peer has missed goes with this server
-      await this.outbox.close(ms);
+      await this.outbox.close(Math.max(0, ms - (performance.now() - start)));
     } finally {
       // One by one: what goes with the queue goes in one transaction, for which the broker's other users wait.
       for (const { bindings } of this.#tenants.values()) bindings.owner = undefined;
@@ -1010,7 +1020,7 @@ class Member {
     if (!peer.gap) {
       const missing = this.#missingBefore(peer, frame);
       if (missing === undefined) return this.#take(peer, frame);
-      this.#miss(peer, { seen: frame.number, after: missing - 1 });
+      this.#miss(peer, doubtAt(peer, frame.number, missing - 1));
     }
     const { gap } = peer;
     if (!gap) return this.#take(peer, frame);
@@ -1042,7 +1052,7 @@ class Member {
       // Sent once, yet not newer: it came late, or somebody forged `last`. The peer knows; but one that is older than most
       // of what was taken is no next frame, and not worth a question.
       const older = [...peer.recent].filter((number) => number < frame.number).length;
-      if (older * 2 >= peer.recent.size - 1) this.#miss(peer, { seen: frame.number, after: frame.number - 1 });
+      if (older * 2 >= peer.recent.size - 1) this.#miss(peer, doubtAt(peer, frame.number));
       return;
     }
     peer.last = frame.number;
@@ -1082,7 +1092,7 @@ class Member {
   #peer(uid: string): Peer {
     let peer = this.#peers.get(uid);
     if (!peer) {
-      if (this.#peers.size >= MAX_PEERS) this.#forgetStranger();
+      if (this.#peers.size >= MAX_PEERS) this.#forgetOne();
       peer = {
         uid,
         last: NaN,
@@ -1098,8 +1108,11 @@ class Member {
     return peer;
   }
 
-  #forgetStranger(): void {
-    for (const peer of this.#peers.values()) if (!peer.namespaces) return void this.#peers.delete(peer.uid);
+  /** Forgets who has been silent the longest. */
+  #forgetOne(): void {
+    let silent: Peer | undefined;
+    for (const peer of this.#peers.values()) if (!peer.gap && !(silent && silent.seen <= peer.seen)) silent = peer;
+    if (silent) this.#peers.delete(silent.uid);
   }
 
   /** Tells everyone who is here with what. One telling at a time: what changes meanwhile goes with the next. */
@@ -1127,7 +1140,7 @@ class Member {
 
   #hello(reply: boolean): Control {
     const namespaces = this.#bound().map(({ nsp }) => nsp.name);
-    return { type: "hello", namespaces, revision: this.#revision, reply };
+    return { type: "hello", namespaces, revision: this.#revision, reply, position: this.outbox.position };
   }
 
   #tell(uid: string, control: Control, attachment?: Buffer): Promise<boolean> {
@@ -1166,12 +1179,14 @@ class Member {
         peer.namespaces = new Set(control.namespaces);
         peer.revision = control.revision;
         peer.greeted = this.#heard;
+        if (Number.isNaN(peer.last) && !peer.gap) peer.last = control.position ?? NaN; // nothing before it was missed
         if (control.reply) void this.#tell(peer.uid, this.#hello(false));
         return this.#ask();
       case "beat":
         if (!peer.namespaces || peer.revision !== control.revision) void this.#tell(peer.uid, this.#hello(true));
         if (peer.gap) return;
-        if (control.position < peer.last) return this.#miss(peer, { seen: control.position, after: control.position });
+        peer.sure = Math.min(peer.sure, control.position);
+        if (control.position < peer.last) return this.#miss(peer, doubtAt(peer, control.position));
         peer.last = control.position; // it comes behind all of them
         return;
       case "bye":
@@ -1193,11 +1208,13 @@ class Member {
     if (peer.gap?.id !== control.id) return; // the answer to an earlier question
     switch (control.type) {
       case "begin":
+        peer.gap.heldSince &&= this.#heard;
+        if (peer.gap.begun) return; // it was asked twice
+        peer.gap.begun = true;
         peer.last = control.from - 1;
         // What the doubtful frame waited for is sent again now, or gone.
         peer.sure = Math.max(peer.last, peer.gap.doubt?.seen ?? 0);
         for (const number of peer.recent) if (number > control.to) peer.recent.delete(number); // forged
-        peer.gap.heldSince &&= this.#heard;
         peer.gap.doubt = undefined;
         if (control.lost > 0) this.#lost(peer, control.lost);
         return;
@@ -1277,8 +1294,8 @@ class Member {
   /** Something of this peer's may be missing. */
   #miss(peer: Peer, doubt?: Doubt): void {
     const { held = [], heldBytes = 0, heldSince, doubt: earlier } = peer.gap ?? {};
-    if (earlier && !(doubt && doubt.after < earlier.after)) doubt = earlier;
-    peer.gap = { id: ++this.#ids, doubt, held, heldBytes, heldSince, askAt: 0 };
+    if (earlier && !(doubt && (doubt.after ?? 0) < (earlier.after ?? 0))) doubt = earlier;
+    peer.gap = { id: randomInt(2 ** 47), doubt, begun: false, held, heldBytes, heldSince, askAt: 0 };
     this.#ask();
   }
 
@@ -1354,7 +1371,7 @@ class Member {
   }
 
   #lost(peer: Peer, frames: number): void {
-    this.#missed += frames;
+    this.#lostOfPeers += frames;
     this.#report(new Error(`Lost ${frames} frames of peer ${peer.uid}: its journal no longer held them`));
   }
 }
@@ -1882,6 +1899,8 @@ interface Destination {
 /** A frame that still takes packets. */
 interface Draft {
   readonly to: Destination;
+  /** When it was begun (ms, monotonic). */
+  readonly at: number;
   readonly table: number[];
   readonly binaries: Uint8Array[];
   text: string;
@@ -1897,7 +1916,7 @@ interface Entry {
   readonly number: number;
   readonly body: Buffer;
   readonly packets: number;
-  /** When it was complete (ms, monotonic). */
+  /** When it was begun (ms, monotonic). */
   readonly at: number;
   sent: boolean;
   confirmed: boolean;
@@ -1919,7 +1938,7 @@ interface OutboxEvents {
   /** A message to one queue came back: there is no such queue. */
   unreachable(uid: string): void;
   /** The broker takes messages again. */
-  unblocked(): void;
+  ready(): void;
 }
 
 /** How many frames may be unconfirmed before one that still grows waits, and grows on. */
@@ -1948,8 +1967,12 @@ class Outbox {
   #channel: ConfirmChannel | undefined;
   #model: AmqpConnection | undefined;
   #lose: Lose = () => {};
+  /** Takes this connection's listeners away. */
+  #unwatch: () => void = () => {};
   #blocked = false;
   #closed = false;
+  /** So far below `maxPayload` that neither multi-byte text nor the header reaches it. */
+  readonly #frameSize: number;
   readonly #declared = new Set<string>();
   #declaring = false;
   /** By number less `#base`; what is undefined has been dropped. */
@@ -1981,14 +2004,20 @@ class Outbox {
     readonly root: string,
     readonly settings: Pick<Settings, "maxPayload" | "journal">,
     readonly events: OutboxEvents,
-  ) {}
+  ) {
+    this.#frameSize = Math.min(FRAME_SIZE, settings.maxPayload / 8);
+  }
 
   get connected(): boolean {
     return this.#channel !== undefined;
   }
 
   get stats() {
-    return { ...this.#counts, journalBytes: this.#bytes, unconfirmed: this.#number - this.#settled };
+    return {
+      ...this.#counts,
+      journalBytes: this.#bytes,
+      unconfirmed: this.#number - this.#settled + Number(this.#draft !== undefined),
+    };
   }
 
   /** The last number sent, once everything that had to be sent again is under way; undefined before. */
@@ -2003,11 +2032,11 @@ class Outbox {
     for (const part of parts) size += partLength(part);
     if ((to.head.length + size) * 3 + OVERHEAD > this.settings.maxPayload && !this.#fits(to, parts)) return;
     let draft = this.#draft;
-    if (draft && (draft.size + size > FRAME_SIZE || !sameDestination(draft.to, to))) {
+    if (draft && (draft.size + size > this.#frameSize || !sameDestination(draft.to, to))) {
       this.#seal(draft);
       draft = undefined;
     }
-    draft ??= this.#draft = { to, table: [], binaries: [], text: "", packets: 0, size: 0 };
+    draft ??= this.#draft = { to, at: performance.now(), table: [], binaries: [], text: "", packets: 0, size: 0 };
     for (let i = 1; i <= parts.length; i++) {
       const part = parts[i - 1];
       const more = i < parts.length ? MORE_PARTS : 0;
@@ -2037,9 +2066,8 @@ class Outbox {
     return false;
   }
 
-  #seal({ to, table, text, binaries, packets }: Draft): void {
+  #seal({ to, at, table, text, binaries, packets }: Draft): void {
     this.#draft = undefined;
-    const at = performance.now();
     const number = ++this.#number;
     const { CC = [] } = to.options;
     const digests = [to.key, ...CC].map((key) => digestOf(to.exchange, key));
@@ -2081,7 +2109,6 @@ class Outbox {
       }
       this.#next++;
       if (entry) this.#waiting -= sizeOf(entry.body);
-      if (entry?.sent && entry.to.volatile) entry.confirmed = true; // not twice
       if (entry && !entry.confirmed) this.#publish(this.#channel, entry);
     }
     this.evict();
@@ -2204,17 +2231,17 @@ class Outbox {
     channel.on("close", () => setImmediate(() => channel === this.#channel && lose(new Error("Channel closed"))));
     channel.on("return", ({ fields }) => this.events.unreachable(fields.routingKey.slice(ALL_SERVERS.length)));
     const emitter: NodeJS.EventEmitter = model;
-    emitter.on("blocked", (reason: string) => {
-      if (channel !== this.#channel) return;
+    const blocked = (reason: string) => {
       this.#blocked = true;
       this.events.report(new Error(`The broker blocks publishing: ${reason}`));
-    });
-    emitter.on("unblocked", () => {
-      if (channel !== this.#channel) return;
+    };
+    const unblocked = () => {
       this.#blocked = false;
       this.#flush();
-      this.events.unblocked();
-    });
+      this.events.ready();
+    };
+    emitter.on("blocked", blocked).on("unblocked", unblocked);
+    this.#unwatch = () => emitter.off("blocked", blocked).off("unblocked", unblocked);
     this.#model = model;
     this.#declared.add(this.root);
     await channel.assertExchange(this.root, "direct", TRANSIENT);
@@ -2228,17 +2255,23 @@ class Outbox {
   #again(model: AmqpConnection, lose: Lose, error: BrokerError): void {
     debug("again: %s", error.message);
     this.down(error);
-    this.up(model, lose).catch(lose);
+    this.up(model, lose).then(this.events.ready, lose);
   }
 
   down(error: BrokerError): void {
     // A frame that is larger than the broker allows would close every next channel as well.
     if (error.code === 406 && error.classId === 60) this.#dropLargest(error);
+    this.#unwatch();
     discard(this.#channel);
     this.#channel = this.#model = undefined;
     this.#declared.clear();
     this.#declaring = this.#blocked = false;
     this.#unconfirmed = this.#inFlight = 0;
+    if (this.#draft?.to.volatile) this.#draft = undefined;
+    for (let number = this.#settled + 1; number <= this.#number; number++) {
+      const entry = this.#entry(number);
+      if (entry?.to.volatile) entry.confirmed = true; // not after the outage
+    }
     // What was under way waits again: from the first frame that the broker has not confirmed, in order.
     this.#settle();
     while (this.#next > this.#settled + 1) this.#waiting += sizeOf(this.#entry(--this.#next)?.body);
@@ -2251,7 +2284,8 @@ class Outbox {
       if (entry && !entry.confirmed && entry.body.length > (largest?.body.length ?? 0)) largest = entry;
     }
     if (!largest) return;
-    largest.confirmed = true;
+    this.#journal[largest.number - this.#base] = undefined;
+    this.#bytes -= sizeOf(largest.body);
     this.#drop();
     this.events.report(
       new RangeError(
@@ -2281,7 +2315,8 @@ class Outbox {
   /** What a peer has missed, of what was sent: the frames after `last`, or all if it knows of none. */
   since(uid: string, last: number | undefined, doubt: Doubt | undefined): Missed {
     this.evict();
-    const after = doubt && doubt.seen <= this.#sent ? Math.min(doubt.after, last ?? Infinity) : last;
+    const doubtful = doubt && doubt.seen <= this.#sent && !(last !== undefined && last < (doubt.after ?? 0));
+    const after = doubtful ? doubt.after : last;
     const known = after !== undefined && after <= this.#sent;
     const from = known ? Math.max(after + 1, this.#oldest) : this.#oldest;
     const bodies: Buffer[] = [];
@@ -2628,7 +2663,7 @@ type Answer =
 /** What members tell each other about themselves. */
 type Control =
   /** What is open; `reply` asks for the same. */
-  | { type: "hello"; namespaces: string[]; revision: number; reply: boolean }
+  | { type: "hello"; namespaces: string[]; revision: number; reply: boolean; position: number | undefined }
   /** Alive; everything up to `position` has been sent. */
   | { type: "beat"; revision: number; position: number }
   /** Closing; `position` is the last number sent. */
@@ -2645,7 +2680,7 @@ type Control =
 
 type Checks<T extends { type: string }> = Record<T["type"], (value: Record<string, unknown>) => boolean>;
 
-const isNumber = (value: unknown): boolean => typeof value === "number" && value >= 0;
+const isNumber = (value: unknown): boolean => Number.isSafeInteger(value) && Number(value) >= 0;
 const isRoom = (value: unknown): boolean => typeof value === "string" || typeof value === "number";
 /** Users emit to `undefined` as well, which JSON makes null, and mean a room that nobody is in. */
 const isRooms = (value: unknown): value is Room[] =>
@@ -2667,8 +2702,11 @@ const MESSAGES: Checks<Message> = {
   clients: ({ id, count }) => isNumber(id) && isNumber(count),
 };
 const CONTROLS: Checks<Control> = {
-  hello: ({ namespaces, revision }) =>
-    Array.isArray(namespaces) && namespaces.every((nsp) => typeof nsp === "string") && isNumber(revision),
+  hello: ({ namespaces, revision, position }) =>
+    Array.isArray(namespaces) &&
+    namespaces.every((nsp) => typeof nsp === "string") &&
+    isNumber(revision) &&
+    (position === undefined || isNumber(position)),
   beat: ({ revision, position }) => isNumber(revision) && isNumber(position),
   bye: ({ position }) => isNumber(position),
   ping: () => true,
@@ -2676,7 +2714,8 @@ const CONTROLS: Checks<Control> = {
   ask: ({ id, last, doubt }) =>
     isNumber(id) &&
     (last === undefined || isNumber(last)) &&
-    (doubt === undefined || (isRecord(doubt) && isNumber(doubt["seen"]) && isNumber(doubt["after"]))),
+    (doubt === undefined ||
+      (isRecord(doubt) && isNumber(doubt["seen"]) && (doubt["after"] === undefined || isNumber(doubt["after"])))),
   begin: ({ id, from, lost, to }) => isNumber(id) && isNumber(from) && isNumber(lost) && isNumber(to),
   again: ({ id }) => isNumber(id),
   end: ({ id }) => isNumber(id),
