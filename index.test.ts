@@ -1153,6 +1153,14 @@ describe("a bad message", () => {
     await eventually(() => expect(nodes[2].adapter.stats.lastError).toBeInstanceOf(Error));
   });
 
+  test("is none of several packets that only together are over maxPayload", async () => {
+    const { a, cat, people } = await crew({ maxPayload: 10_000 });
+    const texts = ["a", "é", "語"].map((char) => char.repeat(2_000));
+    for (const text of texts) a.io.to("blue").emit("text", text);
+    expect((await heardFrom(a.io, people)).cat).toEqual(texts.map((text) => ["text", text]));
+    expect(cat.heard).toEqual([]);
+  });
+
   test("a packet over maxPayload is reported, delivered locally, and costs no other", async () => {
     const { a, people } = await crew({ maxPayload: 10_000 });
     const packets = [
@@ -1231,32 +1239,36 @@ describe("a connection", () => {
     "whose channels the broker closes": (channels) =>
       Promise.allSettled(channels.map((channel) => channel.checkExchange("is not there"))),
   };
-  test.each(Object.entries(faults))("%s is opened again, and everything bound", async (_, fault) => {
-    const channels: Channel[] = [];
-    const { nodes } = await crew({
-      amqpConnection: async () => {
-        const connection = await connect(broker.url);
-        const { createChannel, createConfirmChannel } = connection;
-        connection.createChannel = async (options) => {
-          const channel = await createChannel.call(connection, options);
-          channels.push(channel);
-          return channel;
-        };
-        connection.createConfirmChannel = async (options) => {
-          const channel = await createConfirmChannel.call(connection, options);
-          channels.push(channel);
-          return channel;
-        };
-        return connection;
-      },
-    });
-    const reported = Promise.race(nodes.map(({ adapter }) => once(adapter, "error")));
-    await fault(channels);
-    await reported;
-    await reunited(nodes);
-    for (const node of nodes) expect(await node.io.fetchSockets()).toHaveLength(3);
-    nodes.forEach(errorsOf);
-  }, 30_000);
+  test.each(Object.entries(faults))(
+    "%s is opened again, and everything bound",
+    async (_, fault) => {
+      const channels: Channel[] = [];
+      const { nodes } = await crew({
+        amqpConnection: async () => {
+          const connection = await connect(broker.url);
+          const { createChannel, createConfirmChannel } = connection;
+          connection.createChannel = async (options) => {
+            const channel = await createChannel.call(connection, options);
+            channels.push(channel);
+            return channel;
+          };
+          connection.createConfirmChannel = async (options) => {
+            const channel = await createConfirmChannel.call(connection, options);
+            channels.push(channel);
+            return channel;
+          };
+          return connection;
+        },
+      });
+      const reported = Promise.race(nodes.map(({ adapter }) => once(adapter, "error")));
+      await fault(channels);
+      await reported;
+      await reunited(nodes);
+      for (const node of nodes) expect(await node.io.fetchSockets()).toHaveLength(3);
+      nodes.forEach(errorsOf);
+    },
+    30_000,
+  );
 
   test("comes back with the broker, which may also be away at the start", async () => {
     const [a, b] = await Promise.all([start(), start()]);
@@ -1489,8 +1501,18 @@ describe("an outage", () => {
     forged.writeUIntBE(2 ** 40, 10, 6);
     await publish(`${prefix}#/`, "@", forged); // counts, but is for nobody's clients
     await eventually(() => expect(numbers(bob, "a")).toContain(9));
-    for (let number = 10; number < 20; number++) a.io.to("red").emit("number", "a", number);
+    for (let number = 10; number < 15; number++) a.io.to("red").emit("number", "a", number);
+    await eventually(() => expect(numbers(bob, "a")).toContain(14));
+    for (const position of ["0", "1e9", "1e999", "-1"]) {
+      const text = `{"type":"beat","revision":0,"position":${position}}`;
+      const beat = Buffer.concat([forged.subarray(0, 36), Buffer.from(text)]);
+      beat[1] = 3;
+      for (const [offset, value] of [0, 1, 1, 0, text.length].entries()) beat.writeUInt32BE(value, 16 + offset * 4);
+      await publish(`${prefix}#/`, "@", beat);
+    }
+    for (let number = 15; number < 20; number++) a.io.to("red").emit("number", "a", number);
     await eventually(() => expect(numbers(bob, "a")).toContain(19));
+    await eventually(() => expect(numbers(cat, "a")).toContain(19));
     for (const node of [b, c]) await eventually(() => expect(node.adapter.stats.lost).toBe(0));
     for (const member of [bob, cat])
       expect(numbers(member, "a").filter((n) => Number(n) >= 10)).toEqual(upTo(20).slice(10));
