@@ -720,8 +720,8 @@ interface Peer {
   namespaces?: Set<string> | undefined;
   /** How often that had changed. */
   revision: number;
-  /** The numbers of the latest frames taken. */
-  readonly recent: Set<number>;
+  /** The numbers of the latest frames taken, and when each was (ms, monotonic). */
+  readonly recent: Map<number, number>;
   /** Frames up to this number are no longer waited for; NaN until one is taken. */
   sure: number;
   /** Set while frames may be missing, until the peer has sent them again. */
@@ -737,19 +737,23 @@ interface Doubt {
   readonly after?: number | undefined;
 }
 
-/** What came after the last frame that was taken of those up to a number. */
-function doubtAt({ recent }: Peer, seen: number, number = seen): Doubt {
-  if (recent.size === 0) return { seen, after: number };
-  const taken = [...recent].filter((taken) => taken <= number);
+/** What came after the last frame that was taken before the one seen. */
+function doubtAt({ recent }: Peer, seen: number): Doubt {
+  if (recent.size === 0) return { seen, after: seen };
+  const taken = [...recent.keys()].filter((number) => number <= seen);
   return { seen, after: taken.length > 0 ? Math.max(...taken) : undefined };
 }
 
 /** What is asked of a peer after a gap, and what waits until it has answered. */
 interface Gap {
-  readonly id: number;
+  /** Of the question. */
+  id: number;
+  /** What it is about, if not all after `last`; once the answer has begun, what has not come of it yet. */
   doubt: Doubt | undefined;
-  /** Whether the answer has begun. */
-  begun: boolean;
+  /** How many frames of the answer have come; undefined before it has begun. */
+  came: number | undefined;
+  /** Up to which number the answer says all. */
+  sure: number;
   /** Frames that came in the meantime. */
   readonly held: Frame[];
   heldBytes: number;
@@ -773,6 +777,8 @@ const ANNOUNCE_INTERVAL = 20;
 const PROBE_INTERVAL = 100;
 /** After how many ms a peer is asked again for what was missed. */
 const ASK_AGAIN = 500;
+/** How many ms after a queue has gone the rooms are bound again. */
+const RENEW_AFTER = 2_000;
 /** How many replayed frames may be unconfirmed. */
 const REPLAY_WINDOW = 64;
 /**
@@ -819,6 +825,7 @@ class Member {
   #back: number | undefined;
   #heartbeat: Timeout | undefined;
   #probing: Timeout | undefined;
+  #renewal: Timeout | undefined;
   #asking: Timeout | undefined;
   #counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0 };
   #lostOfPeers = 0;
@@ -924,7 +931,7 @@ class Member {
   }
 
   async #close(ms: number): Promise<void> {
-    for (const timer of [this.#heartbeat, this.#probing, this.#asking]) clearInterval(timer);
+    for (const timer of [this.#heartbeat, this.#probing, this.#asking, this.#renewal]) clearInterval(timer);
     for (const request of [...this.#requests.values()]) request.end(request.missing.size);
     try {
       const start = performance.now();
@@ -970,7 +977,9 @@ class Member {
     await channel.consume(queue, receive, { noAck: true });
     await this.topology.up(model, queue, lose, [ALL_SERVERS, `${ALL_SERVERS}${this.uid}`]);
     this.#heard = performance.now();
-    if (this.#back !== undefined) this.#back = this.#heard;
+    if (this.#back === undefined) return;
+    this.#back = this.#heard;
+    this.#renew();
   }
 
   #receive({ content, fields, properties }: ConsumeMessage): void {
@@ -1020,7 +1029,7 @@ class Member {
     if (!peer.gap) {
       const missing = this.#missingBefore(peer, frame);
       if (missing === undefined) return this.#take(peer, frame);
-      this.#miss(peer, doubtAt(peer, frame.number, missing - 1));
+      this.#miss(peer, { seen: frame.number, after: missing - 1 });
     }
     const { gap } = peer;
     if (!gap) return this.#take(peer, frame);
@@ -1039,29 +1048,30 @@ class Member {
     let missing: number | undefined;
     for (const [steps, digest] of predecessorsOf(frame)) {
       const number = frame.number - steps;
-      if (number > sure && !recent.has(number) && this.topology.gets(digest)) missing = number; // the nearest comes first
+      const since = number > sure && !recent.has(number) ? this.topology.boundSince(digest) : undefined;
+      if (since === undefined) continue;
+      // Only if something older was taken since the queue was bound, for what was sent before is for others.
+      for (const [taken, at] of recent) if (taken < number && at > since) missing = number; // the nearest comes first
     }
     return missing;
   }
 
   /** Takes the peer's next frame: numbers grow, and what has been seen is dropped. */
   #take(peer: Peer, frame: Frame): void {
-    if (frame.number <= peer.last) {
+    const { recent } = peer;
+    if (recent.has(frame.number) || frame.number <= peer.last) {
       this.#counts.duplicates++;
-      if (frame.again || peer.recent.has(frame.number)) return;
-      // Sent once, yet not newer: it came late, or somebody forged `last`. The peer knows; but one that is older than most
+      peer.last = Math.max(peer.last, frame.number); // which may have been put back
+      if (recent.has(frame.number)) return;
+      // Not taken, yet not newer: it came late, or somebody forged `last`. The peer knows; but one that is older than most
       // of what was taken is no next frame, and not worth a question.
-      const older = [...peer.recent].filter((number) => number < frame.number).length;
-      if (older * 2 >= peer.recent.size - 1) this.#miss(peer, doubtAt(peer, frame.number));
+      const older = [...recent.keys()].filter((number) => number < frame.number).length;
+      if (older * 2 >= recent.size - 1) this.#miss(peer, doubtAt(peer, frame.number));
       return;
     }
     peer.last = frame.number;
-    if (frame.again && peer.recent.has(frame.number)) {
-      this.#counts.duplicates++; // `last` has been put back since
-      return;
-    }
-    peer.recent.add(frame.number);
-    if (peer.recent.size > RECENT) for (const oldest of peer.recent.keys().take(1)) peer.recent.delete(oldest);
+    recent.set(frame.number, this.#heard);
+    if (recent.size > RECENT) for (const oldest of recent.keys().take(1)) recent.delete(oldest);
     if (Number.isNaN(peer.sure)) peer.sure = frame.number;
     this.#counts.framesReceived++;
     this.#counts.packetsReceived += frame.packets;
@@ -1096,7 +1106,7 @@ class Member {
       peer = {
         uid,
         last: NaN,
-        recent: new Set(),
+        recent: new Map(),
         sure: NaN,
         seen: this.#heard,
         greeted: -Infinity,
@@ -1179,22 +1189,22 @@ class Member {
         peer.namespaces = new Set(control.namespaces);
         peer.revision = control.revision;
         peer.greeted = this.#heard;
-        if (Number.isNaN(peer.last) && !peer.gap) peer.last = control.position ?? NaN; // nothing before it was missed
+        if (Number.isNaN(peer.last) && !peer.gap) peer.last = peer.sure = control.position ?? NaN; // all before was for others
         if (control.reply) void this.#tell(peer.uid, this.#hello(false));
         return this.#ask();
       case "beat":
         if (!peer.namespaces || peer.revision !== control.revision) void this.#tell(peer.uid, this.#hello(true));
         if (peer.gap) return;
-        peer.sure = Math.min(peer.sure, control.position);
+        peer.sure = Math.min(Number.isNaN(peer.sure) ? control.position : peer.sure, control.position);
         if (control.position < peer.last) return this.#miss(peer, doubtAt(peer, control.position));
         peer.last = control.position; // it comes behind all of them
         return;
-      case "bye":
+      case "bye": {
         this.#gone(peer);
-        return this.#resume(
-          peer,
-          peer.last >= control.position ? undefined : "has closed without saying what it had sent",
-        );
+        const { doubt } = peer.gap ?? {};
+        const whole = (doubt ? (doubt.after ?? 0) : peer.last) >= control.position;
+        return this.#resume(peer, whole ? undefined : "has closed without saying what it had sent");
+      }
       case "ping":
         return;
       case "missing":
@@ -1205,25 +1215,27 @@ class Member {
         return void this.#replays.add(replay);
       }
     }
-    if (peer.gap?.id !== control.id) return; // the answer to an earlier question
+    const { gap } = peer;
+    if (gap?.id !== control.id) return; // the answer to an earlier question
+    gap.heldSince &&= this.#heard;
+    gap.askAt = performance.now() + ASK_AGAIN;
     switch (control.type) {
       case "begin":
-        peer.gap.heldSince &&= this.#heard;
-        if (peer.gap.begun) return; // it was asked twice
-        peer.gap.begun = true;
-        peer.last = control.from - 1;
-        // What the doubtful frame waited for is sent again now, or gone.
-        peer.sure = Math.max(peer.last, peer.gap.doubt?.seen ?? 0);
-        for (const number of peer.recent) if (number > control.to) peer.recent.delete(number); // forged
-        peer.gap.doubt = undefined;
+        if (gap.came === undefined) peer.last = control.from - 1;
+        for (const number of peer.recent.keys()) if (number > control.to) peer.recent.delete(number); // forged
+        gap.sure = Math.max(control.to, gap.doubt?.seen ?? 0);
+        gap.doubt = { seen: control.to, after: peer.last };
+        gap.came = 0;
         if (control.lost > 0) this.#lost(peer, control.lost);
         return;
       case "again":
-        peer.gap.heldSince &&= this.#heard;
-        if (attachment instanceof Buffer) this.#takeAgain(peer, readFrame(attachment));
+        if (gap.came !== control.index || !(attachment instanceof Buffer)) return; // asked for again
+        gap.came++;
+        this.#takeAgain(peer, readFrame(attachment));
+        gap.doubt = { seen: peer.last, after: peer.last };
         return;
       case "end":
-        return this.#resume(peer);
+        if (gap.came === control.count) this.#resume(peer);
     }
   }
 
@@ -1239,7 +1251,15 @@ class Member {
     void this.outbox.control(ALL_SERVERS, { type: "missing", uid });
   }
 
+  /** A queue has gone, and with it perhaps an exchange. */
+  #renew(): void {
+    if (this.closing) return;
+    clearTimeout(this.#renewal);
+    this.#renewal = setTimeout(() => this.topology.renew(), RENEW_AFTER);
+  }
+
   #gone(peer: Peer): void {
+    if (peer.namespaces) this.#renew();
     peer.namespaces = undefined;
     for (const request of [...this.#requests.values()]) this.#finish(request, peer.uid);
   }
@@ -1294,8 +1314,9 @@ class Member {
   /** Something of this peer's may be missing. */
   #miss(peer: Peer, doubt?: Doubt): void {
     const { held = [], heldBytes = 0, heldSince, doubt: earlier } = peer.gap ?? {};
-    if (earlier && !(doubt && (doubt.after ?? 0) < (earlier.after ?? 0))) doubt = earlier;
-    peer.gap = { id: randomInt(2 ** 47), doubt, begun: false, held, heldBytes, heldSince, askAt: 0 };
+    if (!doubt && earlier) doubt = { seen: earlier.seen, after: earlier.after && Math.min(earlier.after, peer.last) };
+    const gap = { id: randomInt(2 ** 47), doubt, came: undefined, sure: 0, held, heldBytes, heldSince, askAt: 0 };
+    peer.gap = gap;
     this.#ask();
   }
 
@@ -1317,6 +1338,8 @@ class Member {
       open = true;
       if (now < gap.askAt) continue;
       gap.askAt = now + ASK_AGAIN;
+      if (gap.came !== undefined) gap.id = randomInt(2 ** 47); // what may still come of the first answer has a hole
+      gap.came = undefined;
       const last = Number.isNaN(peer.last) ? undefined : peer.last;
       void this.#tell(peer.uid, { type: "ask", id: gap.id, last, doubt: gap.doubt });
     }
@@ -1334,19 +1357,19 @@ class Member {
     const { bodies, ...begin } = this.outbox.since(uid, last, doubt);
     let confirmed = this.#tell(uid, { type: "begin", id, ...begin });
     for (const [index, body] of bodies.entries()) {
-      confirmed = this.#tell(uid, { type: "again", id }, body);
+      confirmed = this.#tell(uid, { type: "again", id, index }, body);
       if (index % REPLAY_WINDOW === 0 && !(await confirmed)) break;
       if (this.#replaying.get(uid) !== id) return; // it has asked anew, or is gone
     }
-    if (await confirmed) void this.#tell(uid, { type: "end", id });
+    if (await confirmed) void this.#tell(uid, { type: "end", id, count: bodies.length });
     if (this.#replaying.get(uid) === id) this.#replaying.delete(uid);
   }
 
   #takeAgain(peer: Peer, frame: Frame): void {
     if (frame.sender !== peer.uid || frame.kind === Kind.Control)
       throw new FrameError("a replay of somebody else's frame");
-    if (frame.number > peer.last && !peer.recent.has(frame.number)) this.#counts.replayed++;
-    frame.again = true;
+    if (frame.number <= peer.last) return void this.#counts.duplicates++;
+    if (!peer.recent.has(frame.number)) this.#counts.replayed++;
     this.#take(peer, frame);
   }
 
@@ -1355,8 +1378,9 @@ class Member {
     const { gap } = peer;
     if (!gap) return;
     peer.gap = undefined;
-    if (failure && !Number.isNaN(peer.last))
+    if (failure && !Number.isNaN(peer.last) && !this.closing)
       this.#report(new Error(`Peer ${peer.uid} ${failure}: frames after number ${peer.last} may be lost`));
+    if (!failure) peer.sure = Math.max(gap.sure, peer.last);
     const { last } = peer;
     for (const frame of gap.held.toSorted((one, other) => one.number - other.number)) {
       try {
@@ -1611,6 +1635,8 @@ class Bindings {
   readonly bound = new Set<string>();
   /** Those of them that lead through a room's exchange. */
   readonly viaExchange = new Set<string>();
+  /** Those of them that are to be bound once more. */
+  readonly stale = new Set<string>();
   /** What is being worked on, by routing key. */
   readonly work = new Map<string, PromiseWithResolvers<void>>();
 
@@ -1670,8 +1696,8 @@ interface Session {
   readonly queue: string;
   readonly lose: Lose;
   readonly lanes: Lane[];
-  /** Of what the queue is bound to. */
-  readonly digests: Set<number>;
+  /** Of what the queue is bound to, and since when (ms, monotonic). */
+  readonly digests: Map<number, number>;
   /** Whether there are too many rooms for exchanges of their own. */
   crowded: boolean;
 }
@@ -1714,7 +1740,7 @@ class Topology {
     const keys = [...this.#all.values()].reduce((sum, bindings) => sum + bindings.keys().size, 0);
     const crowded = keys - this.#all.size > MAX_ROOM_EXCHANGES;
     const root = this.names.exchange("/");
-    const digests = new Set(own.map((key) => digestOf(root, key)));
+    const digests = new Map(own.map((key) => [digestOf(root, key), performance.now()]));
     const session: Session = { model, queue, lose, lanes, digests, crowded };
     this.#session = session;
     for (const key of own) await retried(session, lanes[0]!, (channel) => bindNamespace(channel, queue, root, key));
@@ -1731,14 +1757,24 @@ class Topology {
       this.#lost.bindings += bindings.bound.size;
       bindings.bound.clear();
       bindings.viaExchange.clear();
+      bindings.stale.clear();
       for (const { resolve } of bindings.work.values()) resolve();
       bindings.work.clear();
     }
   }
 
-  /** Whether the queue gets what is published with this digest. */
-  gets(digest: number): boolean {
-    return this.#session?.digests.has(digest) ?? false;
+  /** Since when the queue gets what is published with this digest (ms, monotonic); undefined if it does not. */
+  boundSince(digest: number): number | undefined {
+    return this.#session?.digests.get(digest);
+  }
+
+  /** Binds again what is bound through exchanges that can go with a queue: RabbitMQ may delete one just as it is bound. */
+  renew(): void {
+    for (const bindings of this.#all.values())
+      for (const key of bindings.viaExchange) {
+        bindings.stale.add(key);
+        void this.follow(bindings, key);
+      }
   }
 
   /** Makes everything what is wanted of it. */
@@ -1808,7 +1844,8 @@ class Topology {
 
 function isAsWanted(session: Session, bindings: Bindings, key: string): boolean {
   if (session.crowded && bindings.viaExchange.has(key)) return false;
-  return bindings.wants(key) === bindings.bound.has(key);
+  const wanted = bindings.wants(key);
+  return wanted === bindings.bound.has(key) && !(wanted && bindings.stale.has(key));
 }
 
 /** Waits, within bounds, until the broker has removed a queue: new bindings made meanwhile make it begin again and again. */
@@ -1867,13 +1904,16 @@ async function bind(session: Session, lane: Lane, bindings: Bindings, key: strin
     viaExchange.add(key);
   }
   bound.add(key);
-  session.digests.add(digestOf(exchange, key));
+  bindings.stale.delete(key);
+  const digest = digestOf(exchange, key);
+  if (!session.digests.has(digest)) session.digests.set(digest, performance.now());
 }
 
 async function unbind(session: Session, lane: Lane, bindings: Bindings, key: string): Promise<void> {
   if (bindings.viaExchange.has(key)) await unbindRoom(session, lane, bindings, key);
   else await retried(session, lane, (channel) => channel.unbindQueue(session.queue, bindings.exchange, key));
   bindings.bound.delete(key);
+  bindings.stale.delete(key);
   session.digests.delete(digestOf(bindings.exchange, key));
 }
 
@@ -2142,7 +2182,6 @@ class Outbox {
 
   #publish(channel: ConfirmChannel, entry: Entry): void {
     const { to, number, body, packets } = entry;
-    if (entry.sent) markAgain(body);
     entry.sent = true;
     this.#sent = Math.max(this.#sent, number);
     this.#unconfirmed++;
@@ -2315,8 +2354,7 @@ class Outbox {
   /** What a peer has missed, of what was sent: the frames after `last`, or all if it knows of none. */
   since(uid: string, last: number | undefined, doubt: Doubt | undefined): Missed {
     this.evict();
-    const doubtful = doubt && doubt.seen <= this.#sent && !(last !== undefined && last < (doubt.after ?? 0));
-    const after = doubtful ? doubt.after : last;
+    const after = doubt && doubt.seen <= this.#sent ? doubt.after : last;
     const known = after !== undefined && after <= this.#sent;
     const from = known ? Math.max(after + 1, this.#oldest) : this.#oldest;
     const bodies: Buffer[] = [];
@@ -2457,7 +2495,7 @@ class Routes {
 //
 //  0       1             2         10       16            20          24        28        32
 //  ┌───────┬─────────────┬─────────┬────────┬─────────────┬───────────┬─────────┬─────────┬──────────┬────────────┬──────┬──────┬──────────┐
-//  │version│ kind, again │ sender  │ number │ head length │ n packets │ n parts │ m behind│ n × part │ m × behind │ head │ text │ binaries │
+//  │version│ kind        │ sender  │ number │ head length │ n packets │ n parts │ m behind│ n × part │ m × behind │ head │ text │ binaries │
 //  │ 1     │ u8          │ 8 ASCII │ u48    │ u32         │ u32       │ u32     │ u32     │ u32      │ u32, u32   │      │      │          │
 //  └───────┴─────────────┴─────────┴────────┴─────────────┴───────────┴─────────┴─────────┴──────────┴────────────┴──────┴──────┴──────────┘
 //
@@ -2477,8 +2515,6 @@ enum Kind {
 
 interface Frame {
   readonly kind: Kind;
-  /** Sent before, on a connection that was lost. */
-  again: boolean;
   readonly sender: string;
   readonly number: number;
   readonly packets: number;
@@ -2492,7 +2528,6 @@ type Predecessor = [steps: number, digest: number];
 type Part = string | Uint8Array;
 
 const VERSION = 1;
-const AGAIN = 0x80;
 const HEADER = 32;
 /** How many predecessors a frame names at most. */
 const MAX_PREDECESSORS = 8;
@@ -2547,17 +2582,13 @@ function encodeFrame(
   return frame;
 }
 
-function markAgain(frame: Buffer): void {
-  frame[1]! |= AGAIN;
-}
-
 /** The header and head. The packets are read when somebody wants them. */
 function readFrame(body: Buffer): Frame {
   const version = body[0];
   if (version === undefined || version === 0 || version >= 0x20 || body.length < HEADER)
     throw new FrameError(`neither a frame nor of content type application/json (${body.length} bytes)`);
   if (version !== VERSION) throw new UnknownVersion(version, body.toString("latin1", 2, 10));
-  const kind = body[1]! & ~AGAIN;
+  const kind = body[1]!;
   const headLength = body.readUInt32BE(16);
   const parts = body.readUInt32BE(24);
   const headStart = headStartOf(body);
@@ -2565,7 +2596,6 @@ function readFrame(body: Buffer): Frame {
     throw new FrameError(`a malformed frame (kind ${kind}, ${parts} parts in ${body.length} bytes)`);
   return {
     kind,
-    again: (body[1]! & AGAIN) !== 0,
     sender: body.toString("latin1", 2, 10),
     number: body.readUIntBE(10, 6),
     packets: body.readUInt32BE(20),
@@ -2676,7 +2706,8 @@ type Control =
   | { type: "ask"; id: number; last?: number | undefined; doubt?: Doubt | undefined }
   /** The answer: it begins with number `from`, `lost` are gone; then each frame again; then the end. */
   | { type: "begin"; id: number; from: number; lost: number; to: number }
-  | { type: "again" | "end"; id: number };
+  | { type: "again"; id: number; index: number }
+  | { type: "end"; id: number; count: number };
 
 type Checks<T extends { type: string }> = Record<T["type"], (value: Record<string, unknown>) => boolean>;
 
@@ -2717,8 +2748,8 @@ const CONTROLS: Checks<Control> = {
     (doubt === undefined ||
       (isRecord(doubt) && isNumber(doubt["seen"]) && (doubt["after"] === undefined || isNumber(doubt["after"])))),
   begin: ({ id, from, lost, to }) => isNumber(id) && isNumber(from) && isNumber(lost) && isNumber(to),
-  again: ({ id }) => isNumber(id),
-  end: ({ id }) => isNumber(id),
+  again: ({ id, index }) => isNumber(id) && isNumber(index),
+  end: ({ id, count }) => isNumber(id) && isNumber(count),
 };
 
 function isOneOf<T extends { type: string }>(checks: Checks<T>, value: unknown): value is T {

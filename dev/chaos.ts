@@ -545,7 +545,12 @@ class Field {
     };
     await until(async () => (await grown()) < GROWTH, 30); // freed memory goes back to the system by and by
     if (!(await until(async () => (await this.#bound()) === bound)))
-      complaints.push(`${await this.#bound()} rooms are bound on the broker instead of ${bound}`);
+      complaints.push(
+        `${await this.#bound()} rooms are bound on the broker instead of ${bound}; in the servers' eyes ` +
+          (await this.all("report"))
+            .map(({ name, rooms, stats }) => `${stats.rooms} of ${rooms} of ${name}`)
+            .join(", "),
+      );
     for (const { name, closed, foreign } of reports) {
       if (closed > 0) complaints.push(`${closed} clients of ${name} were disconnected`);
       if (foreign > 0 && this.of.point !== "hostile") complaints.push(`${foreign} packets reached ${name} garbled`);
