@@ -720,8 +720,8 @@ interface Peer {
   namespaces?: Set<string> | undefined;
   /** How often that had changed. */
   revision: number;
-  /** The numbers of the latest frames taken, and when each was (ms, monotonic). */
-  readonly recent: Map<number, number>;
+  /** The latest frames taken. */
+  readonly recent: Recent;
   /** Frames up to this number are no longer waited for; NaN until one is taken. */
   sure: number;
   /** Set while frames may be missing, until the peer has sent them again. */
@@ -739,9 +739,33 @@ interface Doubt {
 
 /** What came after the last frame that was taken before the one seen. */
 function doubtAt({ recent }: Peer, seen: number): Doubt {
-  if (recent.size === 0) return { seen, after: seen };
-  const taken = [...recent.keys()].filter((number) => number <= seen);
+  if (recent.at.size === 0) return { seen, after: seen };
+  const taken = recent.below(seen + 1);
   return { seen, after: taken.length > 0 ? Math.max(...taken) : undefined };
+}
+
+/** The numbers of the latest frames, and when each was taken (ms, monotonic). The oldest makes room. */
+class Recent {
+  readonly at = new Map<number, number>();
+  /** In the order in which they came: a Map finds its first key the later, the more have been deleted before it. */
+  readonly #ring: number[] = [];
+  #next = 0;
+
+  add(number: number, at: number): void {
+    this.at.delete(this.#ring[this.#next] ?? NaN);
+    this.#ring[this.#next] = number;
+    this.#next = (this.#next + 1) % RECENT;
+    this.at.set(number, at);
+  }
+
+  /** Those up to a number, that one not counted. */
+  below(number: number): number[] {
+    return [...this.at.keys()].filter((taken) => taken < number);
+  }
+
+  forgetAbove(number: number): void {
+    for (const taken of this.at.keys()) if (taken > number) this.at.delete(taken);
+  }
 }
 
 /** What is asked of a peer after a gap, and what waits until it has answered. */
@@ -1046,12 +1070,15 @@ class Member {
    */
   #missingBefore({ recent, sure }: Peer, frame: Frame): number | undefined {
     let missing: number | undefined;
-    for (const [steps, digest] of predecessorsOf(frame)) {
-      const number = frame.number - steps;
-      const since = number > sure && !recent.has(number) ? this.topology.boundSince(digest) : undefined;
+    const { body } = frame;
+    const end = headStartOf(body);
+    for (let offset = HEADER + body.readUInt32BE(24) * 4; offset < end; offset += 8) {
+      const number = frame.number - body.readUInt32BE(offset);
+      if (number <= sure || recent.at.has(number)) continue;
+      const since = this.topology.boundSince(body.readUInt32BE(offset + 4));
       if (since === undefined) continue;
       // Only if something older was taken since the queue was bound, for what was sent before is for others.
-      for (const [taken, at] of recent) if (taken < number && at > since) missing = number; // the nearest comes first
+      for (const [taken, at] of recent.at) if (taken < number && at > since) missing = number; // the nearest comes first
     }
     return missing;
   }
@@ -1059,19 +1086,18 @@ class Member {
   /** Takes the peer's next frame: numbers grow, and what has been seen is dropped. */
   #take(peer: Peer, frame: Frame): void {
     const { recent } = peer;
-    if (recent.has(frame.number) || frame.number <= peer.last) {
+    const known = recent.at.has(frame.number);
+    if (known || frame.number <= peer.last) {
       this.#counts.duplicates++;
       peer.last = Math.max(peer.last, frame.number); // which may have been put back
-      if (recent.has(frame.number)) return;
+      if (known) return;
       // Not taken, yet not newer: it came late, or somebody forged `last`. The peer knows; but one that is older than most
       // of what was taken is no next frame, and not worth a question.
-      const older = [...recent.keys()].filter((number) => number < frame.number).length;
-      if (older * 2 >= recent.size - 1) this.#miss(peer, doubtAt(peer, frame.number));
+      if (recent.below(frame.number).length * 2 >= recent.at.size - 1) this.#miss(peer, doubtAt(peer, frame.number));
       return;
     }
     peer.last = frame.number;
-    recent.set(frame.number, this.#heard);
-    if (recent.size > RECENT) for (const oldest of recent.keys().take(1)) recent.delete(oldest);
+    recent.add(frame.number, this.#heard);
     if (Number.isNaN(peer.sure)) peer.sure = frame.number;
     this.#counts.framesReceived++;
     this.#counts.packetsReceived += frame.packets;
@@ -1106,7 +1132,7 @@ class Member {
       peer = {
         uid,
         last: NaN,
-        recent: new Map(),
+        recent: new Recent(),
         sure: NaN,
         seen: this.#heard,
         greeted: -Infinity,
@@ -1222,7 +1248,7 @@ class Member {
     switch (control.type) {
       case "begin":
         if (gap.came === undefined) peer.last = control.from - 1;
-        for (const number of peer.recent.keys()) if (number > control.to) peer.recent.delete(number); // forged
+        peer.recent.forgetAbove(control.to); // forged
         gap.sure = Math.max(control.to, gap.doubt?.seen ?? 0);
         gap.doubt = { seen: control.to, after: peer.last };
         gap.came = 0;
@@ -1369,7 +1395,7 @@ class Member {
     if (frame.sender !== peer.uid || frame.kind === Kind.Control)
       throw new FrameError("a replay of somebody else's frame");
     if (frame.number <= peer.last) return void this.#counts.duplicates++;
-    if (!peer.recent.has(frame.number)) this.#counts.replayed++;
+    if (!peer.recent.at.has(frame.number)) this.#counts.replayed++;
     this.#take(peer, frame);
   }
 
@@ -1934,6 +1960,8 @@ interface Destination {
   /** Tells the receiver what the packets are for. */
   readonly head: string;
   readonly volatile: boolean;
+  /** Of the exchange with each of the keys: made for the first frame. */
+  digests?: number[];
 }
 
 /** A frame that still takes packets. */
@@ -1951,8 +1979,6 @@ interface Draft {
 /** A frame in the journal. */
 interface Entry {
   readonly to: Destination;
-  /** Of its exchange with each of its keys. */
-  readonly digests: number[];
   readonly number: number;
   readonly body: Buffer;
   readonly packets: number;
@@ -2109,26 +2135,31 @@ class Outbox {
   #seal({ to, at, table, text, binaries, packets }: Draft): void {
     this.#draft = undefined;
     const number = ++this.#number;
-    const { CC = [] } = to.options;
-    const digests = [to.key, ...CC].map((key) => digestOf(to.exchange, key));
+    to.digests ??= [to.key, ...(to.options.CC ?? [])].map((key) => digestOf(to.exchange, key));
     const body = encodeFrame(to.kind, this.uid, number, to.head, packets, table, text, binaries, this.#behind(to));
-    this.#journal.push({ to, digests, number, body, packets, at, sent: false, confirmed: false });
+    this.#journal.push({ to, number, body, packets, at, sent: false, confirmed: false });
     this.#bytes += sizeOf(body);
     this.#waiting += sizeOf(body);
     if (!this.#channel) this.evict();
   }
 
-  /** The frames before the next one that are not confirmed yet: the broker may deliver these in another order. */
-  #behind(to: Destination): Predecessor[] {
-    const behind: Predecessor[] = [];
+  /**
+   * The frames before the next one that are not confirmed yet, for the broker may deliver these in another order: of each
+   * how many numbers back it is, and its digest.
+   */
+  #behind(to: Destination): number[] {
+    const behind: number[] = [];
     if (to.volatile) return behind;
     const first = Math.max(this.#settled + 1, this.#number - MAX_PREDECESSORS);
     for (let number = this.#number - 1; number >= first; number--) {
       const entry = this.#entry(number);
       if (!entry || entry.confirmed || entry.to.volatile) continue;
-      for (const digest of entry.digests) behind.push([this.#number - number, digest]);
+      for (const digest of entry.to.digests ?? []) {
+        behind.push(this.#number - number, digest);
+        if (behind.length === 2 * MAX_PREDECESSORS) return behind;
+      }
     }
-    return behind.slice(0, MAX_PREDECESSORS);
+    return behind;
   }
 
   #entry(number: number): Entry | undefined {
@@ -2522,9 +2553,6 @@ interface Frame {
   readonly body: Buffer;
 }
 
-/** How many numbers back, and the digest of where it went. */
-type Predecessor = [steps: number, digest: number];
-
 type Part = string | Uint8Array;
 
 const VERSION = 1;
@@ -2554,13 +2582,13 @@ function encodeFrame(
   table: number[],
   text: string,
   binaries: Uint8Array[],
-  behind: Predecessor[] = [],
+  behind: number[] = [],
 ): Buffer {
   const headLength = Buffer.byteLength(head);
   const textLength = Buffer.byteLength(text);
   const binaryLength = binaries.reduce((sum, binary) => sum + binary.length, 0);
   const frame = Buffer.allocUnsafe(
-    HEADER + (table.length + behind.length * 2) * 4 + headLength + textLength + binaryLength,
+    HEADER + (table.length + behind.length) * 4 + headLength + textLength + binaryLength,
   );
   frame[0] = VERSION;
   frame[1] = kind;
@@ -2569,10 +2597,10 @@ function encodeFrame(
   frame.writeUInt32BE(headLength, 16);
   frame.writeUInt32BE(packets, 20);
   frame.writeUInt32BE(table.length, 24);
-  frame.writeUInt32BE(behind.length, 28);
+  frame.writeUInt32BE(behind.length / 2, 28);
   let offset = HEADER;
   for (const part of table) offset = frame.writeUInt32BE(part, offset);
-  for (const [steps, digest] of behind) offset = frame.writeUInt32BE(digest, frame.writeUInt32BE(steps, offset));
+  for (const word of behind) offset = frame.writeUInt32BE(word, offset);
   offset += frame.write(head, offset);
   offset += frame.write(text, offset);
   for (const binary of binaries) {
@@ -2606,14 +2634,6 @@ function readFrame(body: Buffer): Frame {
 
 function headStartOf(body: Buffer): number {
   return HEADER + (body.readUInt32BE(24) + body.readUInt32BE(28) * 2) * 4;
-}
-
-function predecessorsOf({ body }: Frame): Predecessor[] {
-  const end = headStartOf(body);
-  const behind: Predecessor[] = [];
-  for (let offset = HEADER + body.readUInt32BE(24) * 4; offset < end; offset += 8)
-    behind.push([body.readUInt32BE(offset), body.readUInt32BE(offset + 4)]);
-  return behind;
 }
 
 /** The packets of a frame, each with its parts. */
