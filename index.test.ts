@@ -954,6 +954,18 @@ describe("on the broker", () => {
     expect(packets).toEqual([41, 1]); // the one is heardFrom's
   });
 
+  test("a room whose exchange went with another server's queue is bound again", async () => {
+    const { a, c, bob } = await crew();
+    const connection = await connect(broker.url);
+    await (await connection.createChannel()).deleteExchange(`${prefix}#/#red`);
+    await connection.close();
+    await c.io.close();
+    await eventually(async () => expect(await exchanges()).toContain(`${prefix}#/#red`), 10_000);
+    await eventually(async () => expect((await bindings()).filter(({ key }) => key === "#red")).toHaveLength(1));
+    a.io.to("red").emit("hello");
+    expect(await heardFrom(a.io, { bob })).toEqual({ bob: [["hello"]] });
+  }, 20_000);
+
   test("queueArguments are the queue's", async () => {
     const { adapter } = await start({ queueArguments: { "x-max-length": 1_000 } });
     await adapter.ready;

@@ -710,7 +710,7 @@ interface Tenant extends RoomOwner {
 /** Another server or emitter that has been heard of. */
 interface Peer {
   readonly uid: string;
-  /** The number of the last frame taken; NaN until one is. */
+  /** The last number that was taken, or said to be sent by a heartbeat that came behind it; NaN before. */
   last: number;
   /** When it was last heard (ms, monotonic). */
   seen: number;
@@ -758,7 +758,7 @@ class Recent {
     this.at.set(number, at);
   }
 
-  /** Those up to a number, that one not counted. */
+  /** The numbers below this one. */
   below(number: number): number[] {
     return [...this.at.keys()].filter((taken) => taken < number);
   }
@@ -829,6 +829,7 @@ class Member {
   readonly #requests = new Map<number, Request>();
   /** The question for which each peer is sent what it missed. */
   readonly #replaying = new Map<string, number>();
+  /** What is being sent again: a closing server finishes it. */
   readonly #replays = new Set<Promise<void>>();
   /** Senders whose version has been reported. */
   readonly #reportedVersions = new Set<string>();
@@ -2712,7 +2713,7 @@ type Answer =
 
 /** What members tell each other about themselves. */
 type Control =
-  /** What is open; `reply` asks for the same. */
+  /** What is open, and the last number sent; `reply` asks for the same. */
   | { type: "hello"; namespaces: string[]; revision: number; reply: boolean; position: number | undefined }
   /** Alive; everything up to `position` has been sent. */
   | { type: "beat"; revision: number; position: number }
