@@ -123,6 +123,7 @@ export interface AdapterStats {
   duplicates: number;
   /** Frames that the journal no longer held: this server's own unsent ones, and those missed of its peers. */
   lost: number;
+  /** What the journal takes up. It grows by pages of up to 128 KiB. */
   journalBytes: number;
   /** Frames that the broker has not confirmed yet: under way, or waiting for it. */
   unconfirmed: number;
@@ -602,11 +603,11 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
   /** Made by `createEmitter()`. */
   constructor(
     member: Member,
-    nsp = "/",
+    routes = new Routes("/", member.names, false),
     opts: Required<BroadcastOptions> = { rooms: new Set(), except: new Set(), flags: {} },
   ) {
     this.#member = member;
-    this.#routes = new Routes(nsp, member.names, false);
+    this.#routes = routes;
     this.#opts = opts;
     if (!member.started) member.start();
   }
@@ -618,7 +619,8 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
 
   /** An emitter for another namespace. */
   of(nsp: string): Emitter<Events> {
-    return new Emitter<Events>(this.#member, nsp.startsWith("/") ? nsp : `/${nsp}`);
+    const name = nsp.startsWith("/") ? nsp : `/${nsp}`;
+    return new Emitter<Events>(this.#member, new Routes(name, this.#member.names, false));
   }
 
   /** Adds rooms; a client in several of them gets the packet once. */
@@ -684,7 +686,7 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
   }
 
   #with(opts: Partial<Required<BroadcastOptions>>): Emitter<Events> {
-    return new Emitter<Events>(this.#member, this.#routes.nsp, { ...this.#opts, ...opts });
+    return new Emitter<Events>(this.#member, this.#routes, { ...this.#opts, ...opts });
   }
 
   #send(message: Message): true {
@@ -1723,6 +1725,8 @@ interface Session {
   readonly queue: string;
   readonly lose: Lose;
   readonly lanes: Lane[];
+  /** The keys under which the server itself is reached. */
+  readonly own: string[];
   /** Of what the queue is bound to, and since when (ms, monotonic). */
   readonly digests: Map<number, number>;
   /** Whether there are too many rooms for exchanges of their own. */
@@ -1760,7 +1764,7 @@ class Topology {
     return bindings;
   }
 
-  /** Opens the channels on a new queue and binds everything that is wanted; `own` are the member's keys. */
+  /** Opens the channels on a new queue and binds everything that is wanted; `own` are the server's keys. */
   async up(model: AmqpConnection, queue: string, lose: Lose, own: string[]): Promise<void> {
     if (this.#lost.bindings > MANY_BINDINGS) await removed(model, this.#lost.queue);
     const lanes = await Promise.all(Array.from({ length: LANES }, () => openLane(model)));
@@ -1768,10 +1772,18 @@ class Topology {
     const crowded = keys - this.#all.size > MAX_ROOM_EXCHANGES;
     const root = this.names.exchange("/");
     const digests = new Map(own.map((key) => [digestOf(root, key), performance.now()]));
-    const session: Session = { model, queue, lose, lanes, digests, crowded };
+    const session: Session = { model, queue, lose, lanes, own, digests, crowded };
     this.#session = session;
-    for (const key of own) await retried(session, lanes[0]!, (channel) => bindNamespace(channel, queue, root, key));
+    await this.#bindOwn(session);
     await this.settle();
+  }
+
+  async #bindOwn(session: Session): Promise<void> {
+    const lane = await openLane(session.model);
+    const root = this.names.exchange("/");
+    for (const key of session.own)
+      await retried(session, lane, (channel) => bindNamespace(channel, session.queue, root, key));
+    discard(lane.channel);
   }
 
   down(): void {
@@ -1795,11 +1807,14 @@ class Topology {
     return this.#session?.digests.get(digest);
   }
 
-  /** Binds again what is bound through exchanges that can go with a queue: RabbitMQ may delete one just as it is bound. */
+  /** Binds again what is bound to exchanges that can go with a queue: RabbitMQ may delete one just as it is bound. */
   renew(): void {
+    const session = this.#session;
+    if (!session) return;
+    this.#bindOwn(session).catch((error) => this.#session === session && session.lose(asError(error)));
     for (const bindings of this.#all.values())
-      for (const key of bindings.viaExchange) {
-        bindings.stale.add(key);
+      for (const key of [EVERYONE, ...bindings.viaExchange]) {
+        if (bindings.bound.has(key)) bindings.stale.add(key);
         void this.follow(bindings, key);
       }
   }
@@ -1966,27 +1981,38 @@ interface Destination {
 }
 
 /** A frame that still takes packets. */
-interface Draft {
+interface Draft extends Content {
   readonly to: Destination;
   /** When it was begun (ms, monotonic). */
   readonly at: number;
-  readonly table: number[];
-  readonly binaries: Uint8Array[];
-  text: string;
-  packets: number;
   size: number;
 }
 
-/** A frame in the journal. */
+/** A frame that is under way, or waits. */
 interface Entry {
   readonly to: Destination;
   readonly number: number;
+  /** In a page of the journal. */
   readonly body: Buffer;
   readonly packets: number;
-  /** When it was begun (ms, monotonic). */
-  readonly at: number;
-  sent: boolean;
+  /** Also of a volatile one that is not to be sent any more. */
   confirmed: boolean;
+}
+
+/** A piece of the journal: frames one behind the other, their numbers too. */
+interface Page {
+  readonly buffer: Buffer;
+  /** The number of its first frame. */
+  readonly first: number;
+  /** Where each frame ends. */
+  readonly ends: number[];
+  /** For each frame the key of the one server that may have it again; undefined for all servers. */
+  readonly readers: (string | undefined)[];
+  /** When its first and its last frame were begun (ms, monotonic). */
+  readonly since: number;
+  until: number;
+  /** Whether frames of it are being sent again. */
+  lent: boolean;
 }
 
 /** The answer to a peer's question what it has missed. */
@@ -2018,15 +2044,96 @@ const IN_FLIGHT = 256 * 1024;
 const FRAME_SIZE = 32 * 1024;
 /** What the header and a replay add to a packet, at most (bytes). */
 const OVERHEAD = 320;
-/** What a journal entry costs beyond its bytes, roughly. */
+/** What a frame that is not confirmed yet costs beyond its bytes, roughly. */
 const ENTRY_OVERHEAD = 256;
+/** The bytes of a page of the journal, if no larger frame needs more. */
+const PAGE = 128 * 1024;
+/** A page has at most this part of the bytes that the journal may have, and of the time for which it keeps them. */
+const PAGE_SHARE = 1 / 16;
+/** The reader of a frame that nobody may have again. */
+const NOBODY = "";
 /** Dropped frames are reported together, this many ms after the first. */
 const DROP_REPORT = 1_000;
 
 /**
+ * All frames of the last minute or so, in pages that are written one after the other, and over again. As an object, or as a
+ * buffer of its own, each of some hundred thousand frames would cost the garbage collector and the kernel more time than
+ * all else that is done with it.
+ */
+class Journal {
+  /** Of all pages. */
+  bytes = 0;
+  readonly #pages: Page[] = [];
+  readonly #pageSize: number;
+  readonly #pageTime: number;
+  /** The buffer of a page that was dropped, for the next one. */
+  #spare: Buffer | undefined;
+
+  constructor({ bytes, ms }: Settings["journal"]) {
+    this.#pageSize = Math.min(PAGE, Math.ceil(bytes * PAGE_SHARE));
+    this.#pageTime = ms * PAGE_SHARE;
+  }
+
+  get first(): Page | undefined {
+    return this.#pages[0];
+  }
+
+  /** Room for the frame with the next number, which was begun `at`. */
+  add(number: number, at: number, size: number, reader: string | undefined): Buffer {
+    let page = this.#pages.at(-1);
+    let end = page?.ends.at(-1) ?? 0;
+    if (!page || end + size > page.buffer.length || at - page.since > this.#pageTime) {
+      page = { buffer: this.#buffer(size), first: number, ends: [], readers: [], since: at, until: at, lent: false };
+      this.#pages.push(page);
+      this.bytes += page.buffer.length;
+      end = 0;
+    }
+    page.ends.push(end + size);
+    page.readers.push(reader);
+    page.until = at;
+    return page.buffer.subarray(end, end + size);
+  }
+
+  #buffer(size: number): Buffer {
+    const spare = this.#spare;
+    if (!spare || size > spare.length) return Buffer.allocUnsafeSlow(Math.max(this.#pageSize, size));
+    this.#spare = undefined;
+    return spare;
+  }
+
+  /** Drops the first page. */
+  shift(): void {
+    const page = this.#pages.shift();
+    if (!page) return;
+    this.bytes -= page.buffer.length;
+    if (!page.lent && page.buffer.length === this.#pageSize) this.#spare = page.buffer;
+  }
+
+  /** The frames from one number to another that a reader may have. */
+  read(from: number, to: number, reader: string): Buffer[] {
+    const bodies: Buffer[] = [];
+    for (const page of this.#pages) {
+      const { buffer, first, ends, readers } = page;
+      const count = Math.min(ends.length, to - first + 1);
+      for (let i = Math.max(0, from - first); i < count; i++) {
+        if ((readers[i] ?? reader) !== reader) continue;
+        page.lent = true;
+        bodies.push(buffer.subarray(ends[i - 1] ?? 0, ends[i]));
+      }
+    }
+    return bodies;
+  }
+
+  /** Nobody is to have this frame again. */
+  withdraw(number: number): void {
+    const page = this.#pages.findLast(({ first }) => first <= number);
+    if (page) page.readers[number - page.first] = NOBODY;
+  }
+}
+
+/**
  * Puts packets into frames and frames onto the publishing connection. An idle server publishes at once; a busy one lets
- * the next frame grow until a confirm frees a place in the window. Frames stay in the journal, in order of their numbers:
- * first those that are confirmed, then those that are under way, then those that wait.
+ * the next frame grow until a confirm frees a place in the window.
  */
 class Outbox {
   /** Frames that left the journal before the broker had confirmed them. */
@@ -2042,14 +2149,9 @@ class Outbox {
   readonly #frameSize: number;
   readonly #declared = new Set<string>();
   #declaring = false;
-  /** By number less `#base`; what is undefined has been dropped. */
-  #journal: (Entry | undefined)[] = [];
-  #base = 1;
-  /** The number of the oldest frame in the journal. */
-  #oldest = 1;
-  #bytes = 0;
-  /** Of these, of frames that wait to be sent. */
-  #waiting = 0;
+  /** What is under way and what waits, by number. What is not there is confirmed, or has been dropped. */
+  readonly #frames = new Map<number, Entry>();
+  readonly #journal: Journal;
   #draft: Draft | undefined;
   #number = 0;
   /** The next to be sent on this connection, and the last ever sent on any. */
@@ -2073,6 +2175,7 @@ class Outbox {
     readonly events: OutboxEvents,
   ) {
     this.#frameSize = Math.min(FRAME_SIZE, settings.maxPayload / 8);
+    this.#journal = new Journal(settings.journal);
   }
 
   get connected(): boolean {
@@ -2085,6 +2188,10 @@ class Outbox {
       journalBytes: this.#bytes,
       unconfirmed: this.#number - this.#settled + Number(this.#draft !== undefined),
     };
+  }
+
+  get #bytes(): number {
+    return this.#journal.bytes + this.#frames.size * ENTRY_OVERHEAD;
   }
 
   /** The last number sent, once everything that had to be sent again is under way; undefined before. */
@@ -2133,14 +2240,14 @@ class Outbox {
     return false;
   }
 
-  #seal({ to, at, table, text, binaries, packets }: Draft): void {
+  #seal(draft: Draft): void {
     this.#draft = undefined;
+    const { to, at, packets } = draft;
     const number = ++this.#number;
     to.digests ??= [to.key, ...(to.options.CC ?? [])].map((key) => digestOf(to.exchange, key));
-    const body = encodeFrame(to.kind, this.uid, number, to.head, packets, table, text, binaries, this.#behind(to));
-    this.#journal.push({ to, number, body, packets, at, sent: false, confirmed: false });
-    this.#bytes += sizeOf(body);
-    this.#waiting += sizeOf(body);
+    const place = (size: number) => this.#journal.add(number, at, size, readerOf(to));
+    const body = encodeFrame(to.kind, this.uid, number, to.head, draft, this.#behind(to), place);
+    this.#frames.set(number, { to, number, body, packets, confirmed: false });
     if (!this.#channel) this.evict();
   }
 
@@ -2153,7 +2260,7 @@ class Outbox {
     if (to.volatile) return behind;
     const first = Math.max(this.#settled + 1, this.#number - MAX_PREDECESSORS);
     for (let number = this.#number - 1; number >= first; number--) {
-      const entry = this.#entry(number);
+      const entry = this.#frames.get(number);
       if (!entry || entry.confirmed || entry.to.volatile) continue;
       for (const digest of entry.to.digests ?? []) {
         behind.push(this.#number - number, digest);
@@ -2163,10 +2270,6 @@ class Outbox {
     return behind;
   }
 
-  #entry(number: number): Entry | undefined {
-    return this.#journal[number - this.#base];
-  }
-
   readonly #flush = (): void => {
     this.#scheduled = false;
     while (this.#channel && !this.#blocked && !this.#closed && !this.#declaring && this.#hasRoom()) {
@@ -2174,16 +2277,15 @@ class Outbox {
         if (!this.#draft || this.#unconfirmed >= WINDOW) break;
         this.#seal(this.#draft);
       }
-      const entry = this.#entry(this.#next);
+      const entry = this.#frames.get(this.#next);
       if (entry && !this.#declared.has(entry.to.exchange)) {
         void this.#declare(entry.to.exchange);
         break;
       }
       this.#next++;
-      if (entry) this.#waiting -= sizeOf(entry.body);
       if (entry && !entry.confirmed) this.#publish(this.#channel, entry);
     }
-    this.evict();
+    if (this.#bytes > this.settings.journal.bytes) this.evict();
     this.#settle();
   };
 
@@ -2193,7 +2295,11 @@ class Outbox {
   }
 
   #settle(): void {
-    while (this.#settled < this.#number && (this.#entry(this.#settled + 1)?.confirmed ?? true)) this.#settled++;
+    while (this.#settled + 1 < this.#next) {
+      const entry = this.#frames.get(this.#settled + 1);
+      if (entry && !entry.confirmed) break;
+      this.#frames.delete(++this.#settled);
+    }
     while (this.#waiters[0] && this.#waiters[0].number <= this.#settled) this.#waiters.shift()?.resolve();
   }
 
@@ -2214,7 +2320,6 @@ class Outbox {
 
   #publish(channel: ConfirmChannel, entry: Entry): void {
     const { to, number, body, packets } = entry;
-    entry.sent = true;
     this.#sent = Math.max(this.#sent, number);
     this.#unconfirmed++;
     this.#inFlight += body.length;
@@ -2248,31 +2353,26 @@ class Outbox {
     this.#flush();
   }
 
-  /** Drops what the journal has no room or time for: first what is confirmed, and never what is under way. */
+  /** Drops the pages that there is no room or time for: also those of frames that wait, but not of any that is under way. */
   evict(): void {
     const { bytes, ms } = this.settings.journal;
     const expired = performance.now() - ms;
-    for (; this.#oldest < this.#next; this.#oldest++) {
-      const entry = this.#entry(this.#oldest);
-      if (entry && (!entry.confirmed || (this.#bytes <= bytes && entry.at >= expired))) break;
-      if (entry) this.#bytes -= sizeOf(entry.body);
-      this.#journal[this.#oldest - this.#base] = undefined;
+    for (let page = this.#journal.first; page; page = this.#journal.first) {
+      const last = page.first + page.ends.length - 1;
+      const tooMany = this.#bytes > bytes && last < this.#number; // the newest page may be one large frame
+      if (!tooMany && page.until >= expired) break;
+      if (this.#settled < Math.min(last, this.#next - 1)) break;
+      for (; this.#next <= last; this.#next++) this.#drop(this.#frames.get(this.#next));
+      this.#settle();
+      this.#journal.shift();
     }
-    for (; this.#next <= this.#number; this.#next++) {
-      const entry = this.#entry(this.#next);
-      if (entry && this.#waiting <= bytes && entry.at >= expired) break;
-      if (!entry) continue;
-      this.#bytes -= sizeOf(entry.body);
-      this.#waiting -= sizeOf(entry.body);
-      this.#journal[this.#next - this.#base] = undefined;
-      if (!entry.confirmed && !entry.to.volatile) this.#drop();
-    }
-    if (this.#oldest - this.#base < 1024 || (this.#oldest - this.#base) * 2 < this.#journal.length) return;
-    this.#journal = this.#journal.slice(this.#oldest - this.#base);
-    this.#base = this.#oldest;
   }
 
-  #drop(): void {
+  /** Gives a frame up that the broker has not confirmed. */
+  #drop(entry: Entry | undefined): void {
+    if (!entry) return;
+    this.#frames.delete(entry.number);
+    if (entry.to.volatile) return;
     this.dropped++;
     this.#dropReport ??= setTimeout(() => this.#reportDrops(), DROP_REPORT);
   }
@@ -2340,24 +2440,23 @@ class Outbox {
     this.#unconfirmed = this.#inFlight = 0;
     if (this.#draft?.to.volatile) this.#draft = undefined;
     for (let number = this.#settled + 1; number <= this.#number; number++) {
-      const entry = this.#entry(number);
+      const entry = this.#frames.get(number);
       if (entry?.to.volatile) entry.confirmed = true; // not after the outage
     }
     // What was under way waits again: from the first frame that the broker has not confirmed, in order.
     this.#settle();
-    while (this.#next > this.#settled + 1) this.#waiting += sizeOf(this.#entry(--this.#next)?.body);
+    this.#next = this.#settled + 1;
   }
 
   #dropLargest(error: Error): void {
     let largest: Entry | undefined;
     for (let number = this.#settled + 1; number < this.#next; number++) {
-      const entry = this.#entry(number);
+      const entry = this.#frames.get(number);
       if (entry && !entry.confirmed && entry.body.length > (largest?.body.length ?? 0)) largest = entry;
     }
     if (!largest) return;
-    this.#journal[largest.number - this.#base] = undefined;
-    this.#bytes -= sizeOf(largest.body);
-    this.#drop();
+    this.#journal.withdraw(largest.number);
+    this.#drop(largest);
     this.events.report(
       new RangeError(
         `A frame of ${largest.body.length} bytes was refused by the broker: ${error.message}; lower maxPayload`,
@@ -2371,7 +2470,8 @@ class Outbox {
     if (!channel || this.#blocked || this.#closed) return Promise.resolve(false);
     const json = JSON.stringify(control);
     const table = attachment ? [json.length + MORE_PARTS, attachment.length + BINARY] : [json.length];
-    const body = encodeFrame(Kind.Control, this.uid, 0, "", 1, table, json, attachment ? [attachment] : []);
+    const content = { packets: 1, table, text: json, binaries: attachment ? [attachment] : [] };
+    const body = encodeFrame(Kind.Control, this.uid, 0, "", content);
     return new Promise((resolve) => {
       try {
         channel.publish(this.root, key, body, { mandatory: key !== ALL_SERVERS }, (error: Error | null) =>
@@ -2388,13 +2488,9 @@ class Outbox {
     this.evict();
     const after = doubt && doubt.seen <= this.#sent ? doubt.after : last;
     const known = after !== undefined && after <= this.#sent;
-    const from = known ? Math.max(after + 1, this.#oldest) : this.#oldest;
-    const bodies: Buffer[] = [];
-    for (let number = from; number < this.#next; number++) {
-      const entry = this.#entry(number);
-      const forOthers = entry?.to.key.startsWith(ALL_SERVERS) && entry.to.key !== `${ALL_SERVERS}${uid}`;
-      if (entry && !entry.to.volatile && !forOthers) bodies.push(entry.body);
-    }
+    const oldest = this.#journal.first?.first ?? this.#number + 1;
+    const from = known ? Math.max(after + 1, oldest) : oldest;
+    const bodies = this.#journal.read(from, this.#next - 1, `${ALL_SERVERS}${uid}`);
     return { from, lost: known ? from - after - 1 : 0, to: this.#sent, bodies };
   }
 
@@ -2427,7 +2523,11 @@ class Outbox {
 /** Tells what is published to an exchange under a key from all else, but for one in 2^32. */
 const digestOf = (exchange: string, key: string): number => Bun.hash.crc32(`${exchange}\0${key}`);
 
-const sizeOf = (body: Buffer | undefined): number => (body ? body.length + ENTRY_OVERHEAD : 0);
+/** Who may have a frame for this destination again. */
+function readerOf({ volatile, key }: Destination): string | undefined {
+  if (volatile) return NOBODY;
+  return key.startsWith(ALL_SERVERS) ? key : undefined;
+}
 
 function sameDestination(a: Destination, b: Destination): boolean {
   return (
@@ -2554,6 +2654,15 @@ interface Frame {
   readonly body: Buffer;
 }
 
+/** The packets of a frame. */
+interface Content {
+  packets: number;
+  /** Of each part its length, and what it is. */
+  readonly table: number[];
+  text: string;
+  readonly binaries: Uint8Array[];
+}
+
 type Part = string | Uint8Array;
 
 const VERSION = 1;
@@ -2574,23 +2683,20 @@ class UnknownVersion extends FrameError {
   }
 }
 
+/** `place` gives a buffer of exactly the size that is asked for. */
 function encodeFrame(
   kind: Kind,
   sender: string,
   number: number,
   head: string,
-  packets: number,
-  table: number[],
-  text: string,
-  binaries: Uint8Array[],
+  { packets, table, text, binaries }: Content,
   behind: number[] = [],
+  place = (size: number): Buffer => Buffer.allocUnsafe(size),
 ): Buffer {
   const headLength = Buffer.byteLength(head);
   const textLength = Buffer.byteLength(text);
   const binaryLength = binaries.reduce((sum, binary) => sum + binary.length, 0);
-  const frame = Buffer.allocUnsafe(
-    HEADER + (table.length + behind.length) * 4 + headLength + textLength + binaryLength,
-  );
+  const frame = place(HEADER + (table.length + behind.length) * 4 + headLength + textLength + binaryLength);
   frame[0] = VERSION;
   frame[1] = kind;
   frame.write(sender, 2, "latin1");
