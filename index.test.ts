@@ -1385,6 +1385,53 @@ describe("an outage", () => {
     heard.filter(([event, from]) => event === "number" && from === sender).map(([, , number]) => number);
   const upTo = (count: number): number[] => Array.from({ length: count }, (_, number) => number);
 
+  /** A message on its way to the broker. */
+  interface Passing {
+    key: string;
+    content: Buffer;
+    send: () => void;
+    /** As the broker would. */
+    confirm: () => void;
+  }
+
+  /** Opens connections whose published messages go through `pass`. */
+  const tampered = (pass: (message: Passing) => void) => async () => {
+    const connection = await connect(broker.url);
+    const { createConfirmChannel } = connection;
+    connection.createConfirmChannel = async (options) => {
+      const channel = await createConfirmChannel.call(connection, options);
+      const publish = channel.publish.bind(channel);
+      channel.publish = (exchange, key, content, options, confirmed) => {
+        const send = () => void publish(exchange, key, content, options, confirmed);
+        pass({ key, content, send, confirm: () => confirmed?.(null, {}) });
+        return true;
+      };
+      return channel;
+    };
+    return connection;
+  };
+
+  /** Two servers, the second behind a link that is cut while the first emits these numbers, each in a frame of its own. */
+  async function missed(count: number, pass: (message: Passing) => void) {
+    const link = await Proxy.open(broker.port);
+    const amqpConnection = () => connect(`amqp://guest:guest@127.0.0.1:${link.port}?heartbeat=2`);
+    const nodes = await Promise.all([start({ amqpConnection: tampered(pass) }), start({ amqpConnection })]);
+    const [a, b] = nodes;
+    closers.push(async () => {
+      await b.adapter.close();
+      link.close();
+    });
+    await acquainted(nodes);
+    const bob = await join(b, ["red", "blue"]);
+    a.io.to("red").emit("number", "a", 0);
+    await received(bob.client, "number");
+    link.cut();
+    for (let number = 1; number < count; number++) a.io.to(number % 2 ? "blue" : "red").emit("number", "a", number);
+    await eventually(() => expect(a.adapter.stats.unconfirmed).toBe(0));
+    link.heal();
+    return { nodes, a, b, bob };
+  }
+
   const faults: Record<string, (links: Proxy[]) => Promise<unknown>> = {
     "of the receiver": async ([, link]) => (link?.cut(), Bun.sleep(1_000).then(() => link?.heal())),
     "of the sender": async ([link]) => (link?.cut(), Bun.sleep(1_000).then(() => link?.heal())),
@@ -1462,28 +1509,16 @@ describe("an outage", () => {
   test.each(Object.entries(disorders))("of a cluster's nodes, %s, loses and reorders nothing", async (_, disorder) => {
     let pending: (() => unknown) | void;
     let struck = false;
-    const disorderly = async () => {
-      const connection = await connect(broker.url);
-      const { createConfirmChannel } = connection;
-      connection.createConfirmChannel = async (options) => {
-        const channel = await createConfirmChannel.call(connection, options);
-        const publish = channel.publish.bind(channel);
-        channel.publish = (exchange, key, content, options, confirmed) => {
-          const send = () => publish(exchange, key, content, options, confirmed);
-          if (!struck && key === "#red") {
-            struck = true;
-            pending = disorder(send, () => confirmed?.(null, {}));
-            return true;
-          }
-          const sent = send();
-          pending?.();
-          pending = undefined;
-          return sent;
-        };
-        return channel;
-      };
-      return connection;
-    };
+    const disorderly = tampered(({ key, send, confirm }) => {
+      if (!struck && key === "#red") {
+        struck = true;
+        pending = disorder(send, confirm);
+        return;
+      }
+      send();
+      pending?.();
+      pending = undefined;
+    });
     const [a, b] = await Promise.all([start({ amqpConnection: disorderly }), start()]);
     await acquainted([a, b]);
     const bob = await join(b, ["red", "blue"]);
@@ -1497,6 +1532,59 @@ describe("an outage", () => {
     expect(struck).toBe(true);
     expect(b.adapter.stats.replayed).toBeGreaterThan(0);
     expect(b.adapter.stats.lost).toBe(0);
+  });
+
+  test("whose replay loses a frame is asked for once more", async () => {
+    let struck = false;
+    const { nodes, b, bob } = await missed(200, ({ content, send, confirm }) => {
+      if (struck || !content.includes('"again"')) return send();
+      struck = content.includes('"index":100');
+      if (struck) queueMicrotask(confirm);
+      else send();
+    });
+    await eventually(() => expect(numbers(bob, "a").at(-1)).toBe(199), 10_000);
+    expect(numbers(bob, "a")).toEqual(upTo(200));
+    expect(struck).toBe(true);
+    expect(b.adapter.stats.lost).toBe(0);
+    nodes.forEach(errorsOf);
+  });
+
+  test("whose sender closes while it replays loses nothing", async () => {
+    const asked = Promise.withResolvers<void>();
+    const { nodes, a, b, bob } = await missed(500, ({ content, send }) => {
+      send();
+      if (content.includes('"begin"')) asked.resolve();
+    });
+    await asked.promise;
+    await a.adapter.close();
+    await eventually(() => expect(numbers(bob, "a").at(-1)).toBe(499), 10_000);
+    expect(numbers(bob, "a")).toEqual(upTo(500));
+    expect(b.adapter.stats.lost).toBe(0);
+    expect(errorsOf(b).join()).not.toContain("may be lost");
+    nodes.forEach(errorsOf);
+  });
+
+  test("of the sender is not followed by the volatile packets that waited for its end", async () => {
+    const { links, nodes, a, b, bob } = await linked();
+    const before = b.adapter.stats.packetsReceived;
+    links[0]?.silence("publishing");
+    const red = a.io.to("red");
+    for (const [event, emitter] of Object.entries({
+      one: red,
+      gone: red.volatile,
+      two: red,
+      late: red.volatile,
+      last: red,
+    })) {
+      emitter.emit(event);
+      await Bun.sleep(0); // a frame of its own, while there is room for one
+    }
+    expect(a.adapter.stats.unconfirmed).toBeGreaterThan(2);
+    links[0]?.cut("publishing");
+    links[0]?.heal();
+    expect(await heardFrom(a.io, { bob })).toEqual({ bob: [["one"], ["two"], ["last"]] });
+    expect(b.adapter.stats.packetsReceived - before).toBe(4); // with the end
+    nodes.forEach(errorsOf);
   });
 
   test("that a forged number pretends silences nobody", async () => {
