@@ -7,7 +7,7 @@
  *
  * Read from the top: the command · the cases · hostile input · the field (servers, links, brokers) · one server.
  */
-import { connect } from "amqplib";
+import { connect, type ConfirmChannel } from "amqplib";
 import { EventEmitter } from "node:events";
 import { parseArgs } from "node:util";
 import { Server } from "socket.io";
@@ -40,6 +40,8 @@ const { values: args } = parseArgs({
 
 /** How many hostile messages are sent. */
 const HOSTILE = args.quick ? 20_000 : 100_000;
+/** So many of them at a time. */
+const VOLLEY = 500;
 
 // ── The command ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -392,6 +394,7 @@ const FORGERIES: ((random: Random, real: Buffer, uid: string) => Buffer | string
 /** Sends forgeries to a server's queue and to all kinds of exchanges. */
 async function bombard({ broker, random }: Field): Promise<void> {
   const connection = await connect(broker.url);
+  connection.on("error", () => {}); // what is under way rejects
   const channel = await connection.createConfirmChannel();
   const { queue } = await channel.assertQueue("", { exclusive: true });
   const exchange = `${PREFIX}/`;
@@ -404,7 +407,7 @@ async function bombard({ broker, random }: Field): Promise<void> {
   const queues = (await broker.queues(`${PREFIX}@`)).map(({ name }) => name);
   const uids = queues.map((name) => name.slice(PREFIX.length + 1, name.lastIndexOf(".")));
   const rooms = ["", "@", "#north", "#nobody", ...uids.map((uid) => `@${uid}`)];
-  for (let i = 1; i <= HOSTILE; i++) {
+  const forge = (channel: ConfirmChannel) => {
     const body = random.pick(FORGERIES)(random, Buffer.from(random.pick(captured)), random.pick(uids));
     const contentType = typeof body === "string" ? "application/json" : undefined;
     const [to, key] = random.pick([
@@ -413,7 +416,19 @@ async function bombard({ broker, random }: Field): Promise<void> {
       [`${exchange}#north`, random.pick(["", "#south"])],
     ] as const);
     channel.publish(to, key, Buffer.from(body), { contentType });
-    if (i % 500 === 0) await channel.waitForConfirms();
+  };
+  let failures = 0;
+  for (let sent = 0; sent < HOSTILE;) {
+    const channel = await connection.createConfirmChannel();
+    channel.on("error", () => {});
+    try {
+      for (let i = 0; i < VOLLEY; i++) forge(channel);
+      await channel.waitForConfirms();
+      await channel.close();
+      sent += VOLLEY;
+    } catch (error) {
+      if (++failures > 10) throw error; // a room's exchange may be gone for a moment
+    }
   }
   await connection.close();
 }
