@@ -1534,6 +1534,39 @@ describe("an outage", () => {
     expect(b.adapter.stats.lost).toBe(0);
   });
 
+  const stuck: Record<string, (link: Proxy) => void> = {
+    "is silent": (link) => link.silence("publishing"),
+    "is away": (link) => link.cut("publishing"),
+  };
+  test.each(Object.entries(stuck))(
+    "in which more is emitted than the journal holds, while the broker %s, keeps the newest and counts the others",
+    async (_, strike) => {
+      const journal = { bytes: 2 ** 20 };
+      const { links, nodes, a, bob } = await linked({ journal });
+      await bob.socket.join("blue");
+      const [link] = links;
+      if (!link) throw new Error("no link");
+      strike(link);
+      const text = "x".repeat(1_000);
+      for (let number = 0; number < 5_000; number++) {
+        a.io.to(number % 2 ? "blue" : "red").emit("number", "a", number, text);
+        a.io.to(number % 2 ? "blue" : "red").volatile.emit("late", text);
+        if (number % 100 === 0) await Bun.sleep(0);
+      }
+      expect(a.adapter.stats.journalBytes).toBeLessThan(1.5 * journal.bytes);
+      link.cut("publishing");
+      link.heal();
+      await eventually(() => expect(numbers(bob, "a").at(-1)).toBe(4_999), 10_000);
+      const heard = numbers(bob, "a");
+      const { lost } = a.adapter.stats;
+      expect(heard.length + lost).toBe(5_000);
+      expect(heard.slice(-100)).toEqual(upTo(5_000).slice(-100));
+      await eventually(() => expect(errorsOf(a).join()).toContain(`Lost ${lost} frames that waited for the broker`));
+      nodes.forEach(errorsOf);
+    },
+    20_000,
+  );
+
   test("whose replay loses a frame is asked for once more", async () => {
     let struck = false;
     const { nodes, b, bob } = await missed(200, ({ content, send, confirm }) => {

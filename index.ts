@@ -2055,6 +2055,8 @@ const NOBODY = "";
 /** Dropped frames are reported together, this many ms after the first. */
 const DROP_REPORT = 1_000;
 
+const lastOf = ({ first, ends }: Page): number => first + ends.length - 1;
+
 /**
  * All frames of the last minute or so, in pages that are written one after the other, and over again. As an object, or as a
  * buffer of its own, each of some hundred thousand frames would cost the garbage collector and the kernel more time than
@@ -2074,8 +2076,13 @@ class Journal {
     this.#pageTime = ms * PAGE_SHARE;
   }
 
-  get first(): Page | undefined {
-    return this.#pages[0];
+  /** No longer has what came before this number; undefined if it is empty. */
+  get oldest(): number | undefined {
+    return this.#pages[0]?.first;
+  }
+
+  pages(): Page[] {
+    return [...this.#pages];
   }
 
   /** Room for the frame with the next number, which was begun `at`. */
@@ -2101,10 +2108,8 @@ class Journal {
     return spare;
   }
 
-  /** Drops the first page. */
-  shift(): void {
-    const page = this.#pages.shift();
-    if (!page) return;
+  drop(page: Page): void {
+    this.#pages.splice(this.#pages.indexOf(page), 1);
     this.bytes -= page.buffer.length;
     if (!page.lent && page.buffer.length === this.#pageSize) this.#spare = page.buffer;
   }
@@ -2186,7 +2191,7 @@ class Outbox {
     return {
       ...this.#counts,
       journalBytes: this.#bytes,
-      unconfirmed: this.#number - this.#settled + Number(this.#draft !== undefined),
+      unconfirmed: this.#frames.size + Number(this.#draft !== undefined),
     };
   }
 
@@ -2357,15 +2362,18 @@ class Outbox {
   evict(): void {
     const { bytes, ms } = this.settings.journal;
     const expired = performance.now() - ms;
-    for (let page = this.#journal.first; page; page = this.#journal.first) {
-      const last = page.first + page.ends.length - 1;
+    for (const page of this.#journal.pages()) {
+      const last = lastOf(page);
       const tooMany = this.#bytes > bytes && last < this.#number; // the newest page may be one large frame
       if (!tooMany && page.until >= expired) break;
-      if (this.#settled < Math.min(last, this.#next - 1)) break;
-      for (; this.#next <= last; this.#next++) this.#drop(this.#frames.get(this.#next));
-      this.#settle();
-      this.#journal.shift();
+      const underWay = Math.max(page.first, this.#settled + 1) <= Math.min(last, this.#next - 1);
+      if (underWay) continue;
+      for (let number = Math.max(page.first, this.#next); number <= last; number++)
+        this.#drop(this.#frames.get(number));
+      this.#journal.drop(page);
     }
+    while (this.#next <= this.#number && !this.#frames.has(this.#next)) this.#next++;
+    this.#settle();
   }
 
   /** Gives a frame up that the broker has not confirmed. */
@@ -2488,7 +2496,7 @@ class Outbox {
     this.evict();
     const after = doubt && doubt.seen <= this.#sent ? doubt.after : last;
     const known = after !== undefined && after <= this.#sent;
-    const oldest = this.#journal.first?.first ?? this.#number + 1;
+    const oldest = this.#journal.oldest ?? this.#number + 1;
     const from = known ? Math.max(after + 1, oldest) : oldest;
     const bodies = this.#journal.read(from, this.#next - 1, `${ALL_SERVERS}${uid}`);
     return { from, lost: known ? from - after - 1 : 0, to: this.#sent, bodies };
