@@ -530,6 +530,17 @@ describe("sockets of other servers", () => {
     expect(remote?.handshake.auth).toEqual({ token: "secret" });
   });
 
+  test("are fetched in as many answers as maxPayload takes, without the data that is too much for it", async () => {
+    const { b, people, a } = await crew({ maxPayload: 20_000 });
+    const crowd = await Promise.all(Array.from({ length: 20 }, () => join(b, ["green"])));
+    for (const { socket } of crowd) socket.data = { text: "x".repeat(3_000) };
+    people.bob.socket.data = { text: "x".repeat(30_000) };
+    const sockets = await a.io.in("green").fetchSockets();
+    expect(sockets.map(({ data }) => data)).toEqual(crowd.map(({ socket }) => socket.data));
+    expect((await a.io.in("blue").fetchSockets()).map(({ data }) => data)).toEqual([{}, {}]);
+    expect(errorsOf(b)).toEqual([expect.stringMatching(/data of socket.*maxPayload/)]);
+  });
+
   test("are fetched by room, without a room, and not with local", async () => {
     const { a, ann, bob, cat } = await crew();
     expect(byId(await a.io.in("blue").fetchSockets())).toEqual(byId([bob.socket, cat.socket]));
@@ -1501,6 +1512,27 @@ describe("an outage", () => {
     nodes.forEach(errorsOf);
   }, 45_000);
 
+  test("of both, longer than the journal, is counted once, and not again with each heartbeat", async () => {
+    const { links, nodes, a, b, bob } = await linked({ journal: { ms: 300 }, heartbeatInterval: 100 });
+    a.io.to("red").emit("number", "a", 0);
+    await received(bob.client, "number");
+    links[0]?.cut();
+    links[1]?.cut();
+    for (let number = 1; number <= 10; number++) a.io.to(["red", `other${number}`]).emit("number", "a", number);
+    await eventually(() => expect(a.adapter.stats.lost).toBe(9)); // the last one may still grow
+    links[0]?.heal();
+    await eventually(() => expect(a.adapter.stats).toMatchObject({ lost: 10, connected: true }), 10_000);
+    links[1]?.heal();
+    await eventually(() => expect(b.adapter.stats.lost).toBe(10), 10_000);
+    const { framesReceived } = b.adapter.stats;
+    await Bun.sleep(1_000); // ten heartbeats
+    expect(b.adapter.stats).toMatchObject({ lost: 10, framesReceived });
+    nodes.forEach(errorsOf);
+    a.io.to("red").emit("last");
+    await received(bob.client, "last");
+    expect(errorsOf(b)).toEqual([]);
+  });
+
   // What RabbitMQ does where nodes of a cluster lose touch, done to the first message to the room on its way to the broker.
   const disorders: Record<string, (publish: () => unknown, confirm: () => void) => (() => unknown) | void> = {
     "that delivers a message behind the next one": (publish) => publish,
@@ -1612,8 +1644,9 @@ describe("an outage", () => {
       emitter.emit(event);
       await Bun.sleep(0); // a frame of its own, while there is room for one
     }
-    expect(a.adapter.stats.unconfirmed).toBeGreaterThan(2);
+    expect(a.adapter.stats.unconfirmed).toBeGreaterThan(3);
     links[0]?.cut("publishing");
+    await eventually(() => expect(a.adapter.stats.unconfirmed).toBe(3));
     links[0]?.heal();
     expect(await heardFrom(a.io, { bob })).toEqual({ bob: [["one"], ["two"], ["last"]] });
     expect(b.adapter.stats.packetsReceived - before).toBe(4); // with the end

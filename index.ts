@@ -121,9 +121,8 @@ export interface AdapterStats {
   replayed: number;
   /** Frames that came a second time, after an outage, and were dropped. */
   duplicates: number;
-  /** Frames that the journal no longer held: this server's own unsent ones, and those missed of its peers. */
+  /** Frames that a journal no longer held: own ones without a confirm, and missed ones of peers. */
   lost: number;
-  /** What the journal takes up. It grows by pages of up to 128 KiB. */
   journalBytes: number;
   /** Frames that the broker has not confirmed yet: under way, or waiting for it. */
   unconfirmed: number;
@@ -158,7 +157,7 @@ export function createAdapter(options: AdapterOptions): (nsp: Namespace) => Amqp
  */
 export function createEmitter<Events extends EventMap<Events> = AnyEvents>(options: EmitterOptions): Emitter<Events> {
   const { onError, ...rest } = checked(options, EMITTER_OPTIONS);
-  return new Emitter<Events>(new Member({ ...ADAPTER_DEFAULTS, ...rest }, onError));
+  return new Emitter<Events>(new Member(rest, onError));
 }
 
 type Settings = Required<Omit<AdapterOptions, "journal">> & { journal: Required<JournalOptions> };
@@ -220,20 +219,19 @@ function withoutUndefined<T extends object>(options: T): T {
 
 /** The options with their defaults. Throws a TypeError for the first one that is wrong. */
 function checked<T extends MemberOptions>(options: T, expectations: Record<string, Expectation>): Settings & T {
-  const refuse = (name: string, expected: string, value: unknown) => {
-    throw new TypeError(`Expected ${name} to be ${expected}, got ${Bun.inspect(value)} (${typeof value})`);
-  };
-  if (!isRecord(options)) throw refuse("the options", "an object with amqpConnection", options);
+  const refusal = (name: string, expected: string, value: unknown) =>
+    new TypeError(`Expected ${name} to be ${expected}, got ${Bun.inspect(value)} (${typeof value})`);
+  if (!isRecord(options)) throw refusal("the options", "an object with amqpConnection", options);
   const given = withoutUndefined(options);
   for (const [name, value] of [["amqpConnection", given.amqpConnection] as const, ...Object.entries(given)]) {
     const expectation = expectations[name];
-    if (!expectation) throw refuse("the options", `of ${Object.keys(expectations).join(", ")}`, name);
-    if (!expectation[1](value)) throw refuse(name, expectation[0], value);
+    if (!expectation) throw refusal("the options", `of ${Object.keys(expectations).join(", ")}`, name);
+    if (!expectation[1](value)) throw refusal(name, expectation[0], value);
   }
   const journal = { ...ADAPTER_DEFAULTS.journal, ...withoutUndefined(given.journal ?? {}) };
   const settings = { ...ADAPTER_DEFAULTS, ...given, journal };
   if (settings.heartbeatTimeout <= settings.heartbeatInterval)
-    throw refuse(
+    throw refusal(
       "heartbeatTimeout",
       `more than heartbeatInterval (${settings.heartbeatInterval})`,
       settings.heartbeatTimeout,
@@ -276,8 +274,6 @@ interface Packet {
 
 /** The Socket.IO protocol's type of an event, https://socket.io/docs/v4/socket-io-protocol/#packet-types */
 const EVENT = 2;
-/** A server with more sockets answers `fetchSockets()` in several messages, to stay below `maxPayload`. */
-const SOCKETS_PER_ANSWER = 1_000;
 /** Names that Socket.IO keeps for itself: a client's parser refuses the packet and closes its connection. */
 const RESERVED_EVENTS = new Set([
   "connect",
@@ -452,7 +448,8 @@ export class AmqpAdapter extends Adapter implements Tenant {
           }
           return peer.acks >= peer.count;
         },
-        done: (uid) => clientCountCallback(clients.get(uid)?.acks ?? 0),
+        // Not here: it may call the user, who may throw.
+        done: (uid) => queueMicrotask(() => clientCountCallback(clients.get(uid)?.acks ?? 0)),
       });
     }
     super.broadcastWithAck(packet, opts, clientCountCallback, ack);
@@ -540,13 +537,20 @@ export class AmqpAdapter extends Adapter implements Tenant {
         return this.nsp._onServerSideEmit([...message.args, callback]);
       }
       case "fetch": {
-        const sockets = this.#sockets(fromWire(message.opts)).map((socket) => this.#details(socket));
         const { id } = message;
-        for (let n = 0; n === 0 || n < sockets.length; n += SOCKETS_PER_ANSWER) {
-          const more = n + SOCKETS_PER_ANSWER < sockets.length;
-          answer({ type: "sockets", id, sockets: sockets.slice(n, n + SOCKETS_PER_ANSWER), more });
+        let sockets: unknown[] = [];
+        let size = 0;
+        for (const socket of this.#sockets(fromWire(message.opts))) {
+          const details = this.#details(socket);
+          if (sockets.length > 0 && size + details.size > this.#settings.maxPayload / 4) {
+            answer({ type: "sockets", id, sockets, more: true });
+            sockets = [];
+            size = 0;
+          }
+          sockets.push(details.value);
+          size += details.size;
         }
-        return;
+        return answer({ type: "sockets", id, sockets, more: false });
       }
       case "broadcast":
         return super.broadcastWithAck(
@@ -560,16 +564,19 @@ export class AmqpAdapter extends Adapter implements Tenant {
     }
   }
 
-  /** What a peer learns of a local socket. Data that cannot be sent is left out and reported. */
-  #details({ id, handshake, rooms, data }: Socket): unknown {
+  /** What a peer learns of a local socket, and about how long it is. Data that cannot be sent is left out and reported. */
+  #details({ id, handshake, rooms, data }: Socket): { value: unknown; size: number } {
     const { sessionStore: _, ...rest } = handshake; // may hold circular references
     const details = { id, handshake: rest, rooms: [...rooms], data };
+    const { maxPayload } = this.#settings;
     try {
-      encodeValue(details);
-      return details;
+      const size = encodeValue(details).reduce((sum, part) => sum + partLength(part), 0);
+      if (size > maxPayload / 4) throw new RangeError(`${size} bytes are too much for a maxPayload of ${maxPayload}`);
+      return { value: details, size };
     } catch (error) {
       this.report(new Error(`The data of socket ${id} cannot be sent to another server: ${asError(error).message}`));
-      return { id, handshake: { headers: {}, query: {}, auth: {} }, rooms: [...rooms], data: {} };
+      const value = { id, handshake: { headers: {}, query: {}, auth: {} }, rooms: [...rooms], data: {} };
+      return { value, size: encodeValue(value).reduce((sum, part) => sum + partLength(part), 0) };
     }
   }
 
@@ -766,7 +773,11 @@ class Recent {
   }
 
   forgetAbove(number: number): void {
-    for (const taken of this.at.keys()) if (taken > number) this.at.delete(taken);
+    for (const [i, taken] of this.#ring.entries()) {
+      if (!(taken > number)) continue;
+      this.at.delete(taken);
+      this.#ring[i] = NaN;
+    }
   }
 }
 
@@ -848,11 +859,16 @@ class Member {
   #greeting = false;
   /** When the queue last delivered something (ms, monotonic); NaN before the first connection. */
   #heard = NaN;
-  /** When this server was back after an outage (ms, monotonic): for a journal's time, strangers may have been missed. */
+  /**
+   * When this server was back after an outage (ms, monotonic), and Infinity until it is: for a journal's time, strangers may
+   * have been missed.
+   */
   #back: number | undefined;
   #heartbeat: Timeout | undefined;
   #probing: Timeout | undefined;
   #renewal: Timeout | undefined;
+  /** Whether another queue has gone since that timer was set. */
+  #renewAgain = false;
   #asking: Timeout | undefined;
   #counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0 };
   #lostOfPeers = 0;
@@ -937,14 +953,14 @@ class Member {
     if (this.#tenants.has(name)) return; // it has been opened again
     tenant.bindings.owner = undefined;
     await this.topology.followAll(tenant.bindings);
-    await this.#withdraw();
+    await this.#deleteExchanges();
   }
 
   /** Deletes the exchanges that this member has declared to publish to and that nobody has open. */
-  async #withdraw(): Promise<void> {
+  async #deleteExchanges(): Promise<void> {
     const open = new Set([...this.#peers.values(), this].flatMap((peer) => [...(peer.namespaces ?? [])]));
     const needed = new Set([...open].map((nsp) => this.names.exchange(nsp)));
-    await within(CLOSE_PATIENCE, this.outbox.withdraw(needed));
+    await within(CLOSE_PATIENCE, this.outbox.deleteExchanges(needed));
   }
 
   /** The namespaces that are open here. */
@@ -969,7 +985,7 @@ class Member {
       for (const { bindings } of this.#tenants.values()) bindings.owner = undefined;
       await within(UNBIND_PATIENCE, this.topology.settle());
       await this.#consuming.close();
-      await this.#withdraw();
+      await this.#deleteExchanges();
       await this.#publishing.close();
       this.opened.reject(new Error("Closed before it was ready"));
     }
@@ -1002,7 +1018,7 @@ class Member {
       else if (channel === this.#queueChannel) this.#receive(message);
     };
     await channel.consume(queue, receive, { noAck: true });
-    await this.topology.up(model, queue, lose, [ALL_SERVERS, `${ALL_SERVERS}${this.uid}`]);
+    await this.topology.up(model, queue, lose, [ALL_SERVERS, serverKey(this.uid)]);
     this.#heard = performance.now();
     if (this.#back === undefined) return;
     this.#back = this.#heard;
@@ -1013,7 +1029,7 @@ class Member {
     this.#heard = performance.now();
     try {
       const { maxPayload } = this.settings;
-      if (content.length > maxPayload)
+      if (content.length > maxPayload && content[1] !== Kind.Control)
         throw new FrameError(`a message of ${content.length} bytes; maxPayload is ${maxPayload} bytes`);
       if (/^application\/json\b/.test(properties.contentType ?? ""))
         this.#onForeign(content, fields, properties.headers?.["CC"]);
@@ -1081,7 +1097,11 @@ class Member {
       const since = this.topology.boundSince(body.readUInt32BE(offset + 4));
       if (since === undefined) continue;
       // Only if something older was taken since the queue was bound, for what was sent before is for others.
-      for (const [taken, at] of recent.at) if (taken < number && at > since) missing = number; // the nearest comes first
+      for (const [taken, at] of recent.at) {
+        if (taken >= number || at <= since) continue;
+        missing = number; // the nearest comes first
+        break;
+      }
     }
     return missing;
   }
@@ -1150,7 +1170,8 @@ class Member {
   /** Forgets who has been silent the longest. */
   #forgetOne(): void {
     let silent: Peer | undefined;
-    for (const peer of this.#peers.values()) if (!peer.gap && !(silent && silent.seen <= peer.seen)) silent = peer;
+    for (const peer of this.#peers.values())
+      if (!peer.gap?.held.length && !(silent && silent.seen <= peer.seen)) silent = peer;
     if (silent) this.#peers.delete(silent.uid);
   }
 
@@ -1158,18 +1179,22 @@ class Member {
   #announce(): Promise<void> {
     this.#unannounced = true;
     this.#revision++;
-    this.#announcement ??= this.#tellAll().finally(() => (this.#announcement = undefined));
-    return this.#announcement;
+    return (this.#announcement ??= this.#tellAll());
   }
 
   async #tellAll(): Promise<void> {
-    while (this.#unannounced && this.#consuming.connected && this.outbox.connected && !this.closing) {
-      this.#unannounced = false;
-      const bound = this.#bound();
-      if (!(await this.outbox.control(ALL_SERVERS, this.#hello(this.#greeting)))) return; // the next connection announces
-      this.#greeting = false;
-      for (const { opened } of [...bound, this]) opened.resolve();
-      if (this.#unannounced) await Bun.sleep(ANNOUNCE_INTERVAL);
+    await null; // so that `#announcement` is set before it is unset
+    try {
+      while (this.#unannounced && this.#consuming.connected && this.outbox.connected && !this.closing) {
+        this.#unannounced = false;
+        const bound = this.#bound();
+        if (!(await this.outbox.control(ALL_SERVERS, this.#hello(this.#greeting)))) return; // the next connection announces
+        this.#greeting = false;
+        for (const { opened } of [...bound, this]) opened.resolve();
+        if (this.#unannounced) await Bun.sleep(ANNOUNCE_INTERVAL);
+      }
+    } finally {
+      this.#announcement = undefined;
     }
   }
 
@@ -1183,7 +1208,7 @@ class Member {
   }
 
   #tell(uid: string, control: Control, attachment?: Buffer): Promise<boolean> {
-    return this.outbox.control(`${ALL_SERVERS}${uid}`, control, attachment);
+    return this.outbox.control(serverKey(uid), control, attachment);
   }
 
   #beat(): void {
@@ -1195,7 +1220,7 @@ class Member {
       const silence = this.#silence(peer);
       if (peer.namespaces && silence > heartbeatTimeout) this.#gone(peer);
       // Kept longer than its journal lasts, for it may come back and send again what has been seen.
-      if (silence <= heartbeatTimeout + journal.ms) continue;
+      if (silence <= heartbeatTimeout + journal.ms * (1 + PAGE_SHARE)) continue;
       this.#resume(peer, "is gone without saying what it had sent");
       this.#peers.delete(peer.uid);
     }
@@ -1282,13 +1307,17 @@ class Member {
 
   /** A queue has gone, and with it perhaps an exchange. */
   #renew(): void {
-    if (this.closing) return;
-    clearTimeout(this.#renewal);
-    this.#renewal = setTimeout(() => this.topology.renew(), RENEW_AFTER);
+    this.#renewAgain = this.#renewal !== undefined;
+    if (this.closing || this.#renewal) return;
+    this.#renewal = setTimeout(() => {
+      this.#renewal = undefined;
+      this.topology.renew();
+      if (this.#renewAgain) this.#renew();
+    }, RENEW_AFTER);
   }
 
   #gone(peer: Peer): void {
-    if (peer.namespaces) this.#renew();
+    if (peer.namespaces?.size) this.#renew();
     peer.namespaces = undefined;
     for (const request of [...this.#requests.values()]) this.#finish(request, peer.uid);
   }
@@ -1528,11 +1557,16 @@ class Link {
       const model = await this.connect();
       if (typeof model?.createConfirmChannel !== "function" || typeof model.close !== "function")
         throw new TypeError(`amqpConnection returned ${Bun.inspect(model)}, not what amqplib's connect() returns`);
-      if (late) await model.close();
+      if (late) {
+        const emitter: NodeJS.EventEmitter = model;
+        emitter.on("error", (error) => debug("late: %s", asError(error).message));
+        await model.close();
+      }
       return model;
     })();
     opening.catch(() => {}); // once it is late, nobody waits for it
-    const model = await within(CONNECT_PATIENCE, opening);
+    const stopped = new Promise<undefined>((resolve) => (this.#wake = () => resolve(undefined)));
+    const model = await within(CONNECT_PATIENCE, Promise.race([opening, stopped]));
     late = true;
     if (!model) throw new Error(`amqpConnection did not connect within ${CONNECT_PATIENCE} ms`);
     return model;
@@ -1598,7 +1632,7 @@ async function release(model: AmqpConnection): Promise<void> {
   );
 }
 
-const isRefused = (error: Error): boolean => /\b403\b|ACCESS.REFUSED/.test(error.message);
+const isRefused = (error: Error): boolean => /ACCESS.REFUSED/.test(error.message);
 
 function backoff(attempt: number, error: Error): number {
   const limit = isRefused(error) ? BACKOFF.refused : BACKOFF.limit;
@@ -1743,12 +1777,16 @@ const REMOVAL_PATIENCE = 10_000;
  * other operations wait: measured with 3.10, 250 rooms take 1 s, 500 take 5 s, 2,000 almost three minutes.
  */
 const MAX_ROOM_EXCHANGES = 100;
+/** What has been bound for so long (ms) was not bound just as the queue went of a server that is only now missed. */
+const LONG_BOUND = 60_000;
 /** How often an operation is tried that meets an exchange which another server's last leave has just deleted. */
 const ATTEMPTS = 20;
 
 /** Binds and unbinds until what is bound is what is wanted. Joins, leaves, reconnects and closes are all this. */
 class Topology {
   #session: Session | undefined;
+  /** The queue for which channels are being opened, on a connection that may outlive this attempt. */
+  #opening: string | undefined;
   readonly #all = new Map<string, Bindings>();
   /** The queue that was lost with the last connection, and how many bindings it had. */
   #lost = { queue: "", bindings: 0 };
@@ -1766,8 +1804,10 @@ class Topology {
 
   /** Opens the channels on a new queue and binds everything that is wanted; `own` are the server's keys. */
   async up(model: AmqpConnection, queue: string, lose: Lose, own: string[]): Promise<void> {
+    this.#opening = queue;
     if (this.#lost.bindings > MANY_BINDINGS) await removed(model, this.#lost.queue);
     const lanes = await Promise.all(Array.from({ length: LANES }, () => openLane(model)));
+    if (this.#opening !== queue) return lanes.forEach(({ channel }) => discard(channel));
     const keys = [...this.#all.values()].reduce((sum, bindings) => sum + bindings.keys().size, 0);
     const crowded = keys - this.#all.size > MAX_ROOM_EXCHANGES;
     const root = this.names.exchange("/");
@@ -1788,6 +1828,7 @@ class Topology {
 
   down(): void {
     const session = this.#session;
+    this.#opening = undefined;
     if (!session) return;
     this.#session = undefined;
     this.#lost = { queue: session.queue, bindings: 0 };
@@ -1807,14 +1848,18 @@ class Topology {
     return this.#session?.digests.get(digest);
   }
 
-  /** Binds again what is bound to exchanges that can go with a queue: RabbitMQ may delete one just as it is bound. */
+  /** Binds again what was bound when a queue that has gone was going: RabbitMQ may delete an exchange just as it is bound. */
   renew(): void {
     const session = this.#session;
     if (!session) return;
-    this.#bindOwn(session).catch((error) => this.#session === session && session.lose(asError(error)));
+    const recently = performance.now() - LONG_BOUND;
+    const isRecent = (exchange: string, key: string) => Number(session.digests.get(digestOf(exchange, key))) > recently;
+    if (session.own.some((key) => isRecent(this.names.exchange("/"), key)))
+      this.#bindOwn(session).catch((error) => this.#session === session && session.lose(asError(error)));
     for (const bindings of this.#all.values())
-      for (const key of [EVERYONE, ...bindings.viaExchange]) {
-        if (bindings.bound.has(key)) bindings.stale.add(key);
+      for (const key of bindings.bound) {
+        if (!isRecent(bindings.exchange, key)) continue;
+        bindings.stale.add(key);
         void this.follow(bindings, key);
       }
   }
@@ -1992,10 +2037,9 @@ interface Draft extends Content {
 interface Entry {
   readonly to: Destination;
   readonly number: number;
-  /** In a page of the journal. */
+  /** In a page of the journal: amqplib copies what it sends. */
   readonly body: Buffer;
   readonly packets: number;
-  /** Also of a volatile one that is not to be sent any more. */
   confirmed: boolean;
 }
 
@@ -2048,7 +2092,7 @@ const OVERHEAD = 320;
 const ENTRY_OVERHEAD = 256;
 /** The bytes of a page of the journal, if no larger frame needs more. */
 const PAGE = 128 * 1024;
-/** A page has at most this part of the bytes that the journal may have, and of the time for which it keeps them. */
+/** A page has at most this part of the bytes that the journal may hold, and of the time for which it keeps them. */
 const PAGE_SHARE = 1 / 16;
 /** The reader of a frame that nobody may have again. */
 const NOBODY = "";
@@ -2063,20 +2107,24 @@ const lastOf = ({ first, ends }: Page): number => first + ends.length - 1;
  * all else that is done with it.
  */
 class Journal {
-  /** Of all pages. */
+  /** Of all frames. */
   bytes = 0;
   readonly #pages: Page[] = [];
   readonly #pageSize: number;
-  readonly #pageTime: number;
+  /** A frame that waits takes packets no longer than this (ms), nor does a page take frames. */
+  readonly pageTime: number;
   /** The buffer of a page that was dropped, for the next one. */
   #spare: Buffer | undefined;
 
   constructor({ bytes, ms }: Settings["journal"]) {
     this.#pageSize = Math.min(PAGE, Math.ceil(bytes * PAGE_SHARE));
-    this.#pageTime = ms * PAGE_SHARE;
+    this.pageTime = ms * PAGE_SHARE;
   }
 
-  /** No longer has what came before this number; undefined if it is empty. */
+  /**
+   * No longer has what came before this number; undefined if it is empty. Of what came later it lacks what was dropped
+   * unsent behind a frame that is still under way.
+   */
   get oldest(): number | undefined {
     return this.#pages[0]?.first;
   }
@@ -2089,12 +2137,13 @@ class Journal {
   add(number: number, at: number, size: number, reader: string | undefined): Buffer {
     let page = this.#pages.at(-1);
     let end = page?.ends.at(-1) ?? 0;
-    if (!page || end + size > page.buffer.length || at - page.since > this.#pageTime) {
+    const goesOn = page && lastOf(page) === number - 1 && at - page.since <= this.pageTime;
+    if (!page || !goesOn || end + size > page.buffer.length) {
       page = { buffer: this.#buffer(size), first: number, ends: [], readers: [], since: at, until: at, lent: false };
       this.#pages.push(page);
-      this.bytes += page.buffer.length;
       end = 0;
     }
+    this.bytes += size;
     page.ends.push(end + size);
     page.readers.push(reader);
     page.until = at;
@@ -2110,7 +2159,7 @@ class Journal {
 
   drop(page: Page): void {
     this.#pages.splice(this.#pages.indexOf(page), 1);
-    this.bytes -= page.buffer.length;
+    this.bytes -= page.ends.at(-1) ?? 0;
     if (!page.lent && page.buffer.length === this.#pageSize) this.#spare = page.buffer;
   }
 
@@ -2199,23 +2248,38 @@ class Outbox {
     return this.#journal.bytes + this.#frames.size * ENTRY_OVERHEAD;
   }
 
-  /** The last number sent, once everything that had to be sent again is under way; undefined before. */
+  /** Everything up to this number has been sent, or was dropped. */
+  get #reached(): number {
+    return Math.max(this.#sent, this.#next - 1);
+  }
+
+  /** The number up to which all has been sent, once what had to be sent again is under way; undefined before. */
   get position(): number | undefined {
-    return this.connected && !this.#blocked && this.#next > this.#sent ? this.#sent : undefined;
+    return this.connected && !this.#blocked && this.#next > this.#sent ? this.#reached : undefined;
   }
 
   /** A packet for a destination. Volatile ones are dropped while the broker is away. */
   add(to: Destination, parts: readonly unknown[]): void {
-    if (to.volatile && (!this.#channel || this.#blocked)) return;
+    const waits = !this.#channel || this.#blocked;
+    if (this.#closed || (to.volatile && waits)) return;
     let size = 0;
     for (const part of parts) size += partLength(part);
     if ((to.head.length + size) * 3 + OVERHEAD > this.settings.maxPayload && !this.#fits(to, parts)) return;
     let draft = this.#draft;
-    if (draft && (draft.size + size > this.#frameSize || !sameDestination(draft.to, to))) {
+    const full = draft && (draft.size + size > this.#frameSize || !sameDestination(draft.to, to));
+    if (draft && (full || (waits && performance.now() - draft.at > this.#journal.pageTime))) {
       this.#seal(draft);
       draft = undefined;
     }
-    draft ??= this.#draft = { to, at: performance.now(), table: [], binaries: [], text: "", packets: 0, size: 0 };
+    draft ??= this.#draft = {
+      to,
+      at: performance.now(),
+      table: [],
+      binaries: [],
+      text: "",
+      packets: 0,
+      size: to.head.length,
+    };
     for (let i = 1; i <= parts.length; i++) {
       const part = parts[i - 1];
       const more = i < parts.length ? MORE_PARTS : 0;
@@ -2315,12 +2379,10 @@ class Outbox {
     const number = this.#number;
     if (this.#settled < number) {
       const { promise, resolve } = Promise.withResolvers<void>();
-      const timer = setTimeout(resolve, ms);
       this.#waiters.push({ number, resolve });
-      await promise;
-      clearTimeout(timer);
+      await within(ms, promise);
     }
-    return Math.max(0, number - this.#settled);
+    return [...this.#frames.keys()].filter((frame) => frame <= number).length;
   }
 
   #publish(channel: ConfirmChannel, entry: Entry): void {
@@ -2372,6 +2434,11 @@ class Outbox {
         this.#drop(this.#frames.get(number));
       this.#journal.drop(page);
     }
+    this.#skip();
+  }
+
+  /** What has been dropped need not wait for its turn. */
+  #skip(): void {
     while (this.#next <= this.#number && !this.#frames.has(this.#next)) this.#next++;
     this.#settle();
   }
@@ -2380,7 +2447,7 @@ class Outbox {
   #drop(entry: Entry | undefined): void {
     if (!entry) return;
     this.#frames.delete(entry.number);
-    if (entry.to.volatile) return;
+    if (entry.confirmed || entry.to.volatile) return;
     this.dropped++;
     this.#dropReport ??= setTimeout(() => this.#reportDrops(), DROP_REPORT);
   }
@@ -2400,6 +2467,7 @@ class Outbox {
   // The publishing connection: one setup, for the start and after each loss.
 
   async up(model: AmqpConnection, lose: Lose): Promise<void> {
+    this.#lose = lose;
     const channel = await model.createConfirmChannel();
     channel.on("error", (error: BrokerError) => {
       // An exchange that was declared has gone with its last binding: once more, on a new channel.
@@ -2424,8 +2492,8 @@ class Outbox {
     this.#model = model;
     this.#declared.add(this.root);
     await channel.assertExchange(this.root, "direct", TRANSIENT);
+    if (this.#lose !== lose) return discard(channel);
     this.#channel = channel;
-    this.#lose = lose;
     if (this.#draft) this.#seal(this.#draft);
     this.evict();
     this.#flush();
@@ -2443,17 +2511,16 @@ class Outbox {
     this.#unwatch();
     discard(this.#channel);
     this.#channel = this.#model = undefined;
+    this.#lose = () => {}; // on a connection that others use, up() may still be at work
     this.#declared.clear();
     this.#declaring = this.#blocked = false;
     this.#unconfirmed = this.#inFlight = 0;
     if (this.#draft?.to.volatile) this.#draft = undefined;
-    for (let number = this.#settled + 1; number <= this.#number; number++) {
-      const entry = this.#frames.get(number);
-      if (entry?.to.volatile) entry.confirmed = true; // not after the outage
-    }
+    for (const { number, to } of this.#frames.values()) if (to.volatile) this.#frames.delete(number); // not after the outage
     // What was under way waits again: from the first frame that the broker has not confirmed, in order.
     this.#settle();
     this.#next = this.#settled + 1;
+    this.#skip();
   }
 
   #dropLargest(error: Error): void {
@@ -2464,7 +2531,9 @@ class Outbox {
     }
     if (!largest) return;
     this.#journal.withdraw(largest.number);
-    this.#drop(largest);
+    this.#frames.delete(largest.number);
+    this.dropped++;
+    this.#droppedReported++;
     this.events.report(
       new RangeError(
         `A frame of ${largest.body.length} bytes was refused by the broker: ${error.message}; lower maxPayload`,
@@ -2494,18 +2563,19 @@ class Outbox {
   /** What a peer has missed, of what was sent: the frames after `last`, or all if it knows of none. */
   since(uid: string, last: number | undefined, doubt: Doubt | undefined): Missed {
     this.evict();
-    const after = doubt && doubt.seen <= this.#sent ? doubt.after : last;
-    const known = after !== undefined && after <= this.#sent;
+    const to = this.#reached;
+    const after = doubt && doubt.seen <= to ? doubt.after : last;
+    const known = after !== undefined && after <= to;
     const oldest = this.#journal.oldest ?? this.#number + 1;
     const from = known ? Math.max(after + 1, oldest) : oldest;
-    const bodies = this.#journal.read(from, this.#next - 1, `${ALL_SERVERS}${uid}`);
-    return { from, lost: known ? from - after - 1 : 0, to: this.#sent, bodies };
+    const bodies = this.#journal.read(from, this.#next - 1, serverKey(uid));
+    return { from, lost: known ? from - after - 1 : 0, to, bodies };
   }
 
   /** Waits up to `ms` until the broker has confirmed everything, and says goodbye. */
   async close(ms: number): Promise<void> {
     const unconfirmed = await this.confirmed(ms);
-    const goodbye = this.control(ALL_SERVERS, { type: "bye", position: this.#sent });
+    const goodbye = this.control(ALL_SERVERS, { type: "bye", position: this.#reached });
     this.#closed = true; // nothing may come behind it: the exchanges go any moment now
     await within(CLOSE_PATIENCE, goodbye);
     this.#reportDrops();
@@ -2513,16 +2583,17 @@ class Outbox {
   }
 
   /** Deletes the exchanges that were declared to publish to, unless they are needed or bound. */
-  async withdraw(needed: Set<string>): Promise<void> {
+  async deleteExchanges(needed: Set<string>): Promise<void> {
     const model = this.#model;
+    if (!model) return;
     for (const exchange of [...this.#declared].filter((name) => !needed.has(name))) {
       this.#declared.delete(exchange);
       try {
-        const { channel } = await openLane(model!);
+        const { channel } = await openLane(model);
         await channel.deleteExchange(exchange, { ifUnused: true });
         discard(channel);
       } catch (error) {
-        debug("withdraw: %s", asError(error).message); // somebody has bound it
+        debug("delete: %s", asError(error).message); // somebody has bound it
       }
     }
   }
@@ -2607,7 +2678,7 @@ class Routes {
     return {
       kind: Kind.Messages,
       exchange,
-      key: `@${uid}`,
+      key: serverKey(uid),
       options: { mandatory: true },
       head: this.nsp,
       volatile: false,
@@ -2967,6 +3038,7 @@ function asError(error: unknown): Error {
 /** The routing key of a namespace's packets for everyone. A room's is `#<room>`, one server's `@<uid>`, all servers' `@`. */
 const EVERYONE = "";
 const ALL_SERVERS = "@";
+const serverKey = (uid: string): string => `${ALL_SERVERS}${uid}`;
 /** AMQP 0-9-1: names and routing keys are short strings. */
 const MAX_BYTES = 255;
 
