@@ -1585,7 +1585,7 @@ describe("an outage", () => {
         a.io.to(number % 2 ? "blue" : "red").volatile.emit("late", text);
         if (number % 100 === 0) await Bun.sleep(0);
       }
-      expect(a.adapter.stats.journalBytes).toBeLessThan(1.5 * journal.bytes);
+      expect(a.adapter.stats.journalBytes).toBeLessThan(2 * journal.bytes); // with what is under way, and one turn
       link.cut("publishing");
       link.heal();
       await eventually(() => expect(numbers(bob, "a").at(-1)).toBe(4_999), 10_000);

@@ -479,7 +479,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
     const missing = await this.#member.request(peers, opts.flags?.timeout ?? this.#settings.requestsTimeout, send, {
       take: (message) => {
         if (message.type !== "sockets") return false;
-        sockets.push(...message.sockets);
+        for (const socket of message.sockets) sockets.push(socket);
         return !message.more;
       },
     });
@@ -849,6 +849,8 @@ class Member {
   readonly #consuming: Link;
   readonly #publishing: Link;
   #queueChannel: Channel | undefined;
+  /** Of the connection that the queue is on, or is being made on. */
+  #consumer: Lose | undefined;
   #ids = 0;
   /** How often the queue was made, and the set of namespaces changed. */
   #generation = 0;
@@ -897,6 +899,7 @@ class Member {
       down: () => {
         this.topology.down();
         discard(this.#queueChannel);
+        this.#consumer = undefined; // on a connection that others use, #consume() may still be at work
         this.#queueChannel = undefined; // what it still delivers would come out of order
       },
     });
@@ -1003,7 +1006,10 @@ class Member {
 
   /** Everything that the consuming connection needs, at the start and after each loss. */
   async #consume(model: AmqpConnection, lose: Lose): Promise<void> {
-    const channel = (this.#queueChannel = watched(await model.createChannel(), lose));
+    this.#consumer = lose;
+    const channel = watched(await model.createChannel(), lose);
+    if (this.#consumer !== lose) return discard(channel);
+    this.#queueChannel = channel;
     // A new name each time: after a half-open link the broker may still hold the old queue.
     const queue = this.names.queue(this.uid, ++this.#generation);
     // Auto-delete as well: a connection that others use stays open when this server closes.
@@ -1018,6 +1024,7 @@ class Member {
       else if (channel === this.#queueChannel) this.#receive(message);
     };
     await channel.consume(queue, receive, { noAck: true });
+    if (channel !== this.#queueChannel) return;
     await this.topology.up(model, queue, lose, [ALL_SERVERS, serverKey(this.uid)]);
     this.#heard = performance.now();
     if (this.#back === undefined) return;
@@ -1311,7 +1318,7 @@ class Member {
     if (this.closing || this.#renewal) return;
     this.#renewal = setTimeout(() => {
       this.#renewal = undefined;
-      this.topology.renew();
+      void this.topology.renew();
       if (this.#renewAgain) this.#renew();
     }, RENEW_AFTER);
   }
@@ -1557,17 +1564,18 @@ class Link {
       const model = await this.connect();
       if (typeof model?.createConfirmChannel !== "function" || typeof model.close !== "function")
         throw new TypeError(`amqpConnection returned ${Bun.inspect(model)}, not what amqplib's connect() returns`);
-      if (late) {
-        const emitter: NodeJS.EventEmitter = model;
-        emitter.on("error", (error) => debug("late: %s", asError(error).message));
-        await model.close();
-      }
+      if (late) await releaseLate(model);
       return model;
     })();
     opening.catch(() => {}); // once it is late, nobody waits for it
-    const stopped = new Promise<undefined>((resolve) => (this.#wake = () => resolve(undefined)));
+    const stopped = new Promise<undefined>((resolve) => {
+      this.#wake = () => {
+        late = true;
+        resolve(undefined);
+      };
+    });
     const model = await within(CONNECT_PATIENCE, Promise.race([opening, stopped]));
-    late = true;
+    late ||= !model;
     if (!model) throw new Error(`amqpConnection did not connect within ${CONNECT_PATIENCE} ms`);
     return model;
   }
@@ -1630,6 +1638,15 @@ async function release(model: AmqpConnection): Promise<void> {
     CLOSE_PATIENCE,
     model.close().catch((error) => debug("close: %s", asError(error).message)),
   );
+}
+
+/** The same for a connection that came too late, unless another link has got it as well. */
+async function releaseLate(model: AmqpConnection): Promise<void> {
+  await new Promise(setImmediate);
+  if (linksOn.get(model)) return;
+  const emitter: NodeJS.EventEmitter = model;
+  emitter.on("error", (error) => debug("late: %s", asError(error).message));
+  await release(model);
 }
 
 const isRefused = (error: Error): boolean => /ACCESS.REFUSED/.test(error.message);
@@ -1779,6 +1796,7 @@ const REMOVAL_PATIENCE = 10_000;
 const MAX_ROOM_EXCHANGES = 100;
 /** What has been bound for so long (ms) was not bound just as the queue went of a server that is only now missed. */
 const LONG_BOUND = 60_000;
+const RENEWED_TOGETHER = 50;
 /** How often an operation is tried that meets an exchange which another server's last leave has just deleted. */
 const ATTEMPTS = 20;
 
@@ -1848,20 +1866,26 @@ class Topology {
     return this.#session?.digests.get(digest);
   }
 
-  /** Binds again what was bound when a queue that has gone was going: RabbitMQ may delete an exchange just as it is bound. */
-  renew(): void {
+  /**
+   * Binds again what was bound when a queue that has gone was going: RabbitMQ may delete an exchange just as it is bound. In
+   * portions, for joins wait in the same lanes.
+   */
+  async renew(): Promise<void> {
     const session = this.#session;
     if (!session) return;
     const recently = performance.now() - LONG_BOUND;
     const isRecent = (exchange: string, key: string) => Number(session.digests.get(digestOf(exchange, key))) > recently;
     if (session.own.some((key) => isRecent(this.names.exchange("/"), key)))
       this.#bindOwn(session).catch((error) => this.#session === session && session.lose(asError(error)));
-    for (const bindings of this.#all.values())
-      for (const key of bindings.bound) {
-        if (!isRecent(bindings.exchange, key)) continue;
-        bindings.stale.add(key);
-        void this.follow(bindings, key);
-      }
+    const all = [...this.#all.values()].flatMap((bindings) => [...bindings.bound].map((key) => ({ bindings, key })));
+    let renewed = 0;
+    for (const { bindings, key } of all) {
+      if (this.#session !== session) return;
+      if (!bindings.bound.has(key) || !isRecent(bindings.exchange, key)) continue;
+      bindings.stale.add(key);
+      const done = this.follow(bindings, key);
+      if (++renewed % RENEWED_TOGETHER === 0) await done;
+    }
   }
 
   /** Makes everything what is wanted of it. */
@@ -2100,6 +2124,7 @@ const NOBODY = "";
 const DROP_REPORT = 1_000;
 
 const lastOf = ({ first, ends }: Page): number => first + ends.length - 1;
+const bytesOf = ({ ends }: Page): number => ends.at(-1) ?? 0;
 
 /**
  * All frames of the last minute or so, in pages that are written one after the other, and over again. As an object, or as a
@@ -2109,7 +2134,8 @@ const lastOf = ({ first, ends }: Page): number => first + ends.length - 1;
 class Journal {
   /** Of all frames. */
   bytes = 0;
-  readonly #pages: Page[] = [];
+  /** The oldest first. */
+  readonly pages: Page[] = [];
   readonly #pageSize: number;
   /** A frame that waits takes packets no longer than this (ms), nor does a page take frames. */
   readonly pageTime: number;
@@ -2126,21 +2152,17 @@ class Journal {
    * unsent behind a frame that is still under way.
    */
   get oldest(): number | undefined {
-    return this.#pages[0]?.first;
-  }
-
-  pages(): Page[] {
-    return [...this.#pages];
+    return this.pages[0]?.first;
   }
 
   /** Room for the frame with the next number, which was begun `at`. */
   add(number: number, at: number, size: number, reader: string | undefined): Buffer {
-    let page = this.#pages.at(-1);
-    let end = page?.ends.at(-1) ?? 0;
+    let page = this.pages.at(-1);
+    let end = page ? bytesOf(page) : 0;
     const goesOn = page && lastOf(page) === number - 1 && at - page.since <= this.pageTime;
     if (!page || !goesOn || end + size > page.buffer.length) {
       page = { buffer: this.#buffer(size), first: number, ends: [], readers: [], since: at, until: at, lent: false };
-      this.#pages.push(page);
+      this.pages.push(page);
       end = 0;
     }
     this.bytes += size;
@@ -2157,16 +2179,17 @@ class Journal {
     return spare;
   }
 
-  drop(page: Page): void {
-    this.#pages.splice(this.#pages.indexOf(page), 1);
-    this.bytes -= page.ends.at(-1) ?? 0;
-    if (!page.lent && page.buffer.length === this.#pageSize) this.#spare = page.buffer;
+  drop(index: number): void {
+    for (const page of this.pages.splice(index, 1)) {
+      this.bytes -= bytesOf(page);
+      if (!page.lent && page.buffer.length === this.#pageSize) this.#spare = page.buffer;
+    }
   }
 
   /** The frames from one number to another that a reader may have. */
   read(from: number, to: number, reader: string): Buffer[] {
     const bodies: Buffer[] = [];
-    for (const page of this.#pages) {
+    for (const page of this.pages) {
       const { buffer, first, ends, readers } = page;
       const count = Math.min(ends.length, to - first + 1);
       for (let i = Math.max(0, from - first); i < count; i++) {
@@ -2180,7 +2203,7 @@ class Journal {
 
   /** Nobody is to have this frame again. */
   withdraw(number: number): void {
-    const page = this.#pages.findLast(({ first }) => first <= number);
+    const page = this.pages.findLast(({ first }) => first <= number);
     if (page) page.readers[number - page.first] = NOBODY;
   }
 }
@@ -2208,9 +2231,9 @@ class Outbox {
   readonly #journal: Journal;
   #draft: Draft | undefined;
   #number = 0;
-  /** The next to be sent on this connection, and the last ever sent on any. */
+  /** The next to be sent on this connection, and the last that ever was its turn: sent, or dropped. */
   #next = 1;
-  #sent = 0;
+  #reached = 0;
   #unconfirmed = 0;
   #inFlight = 0;
   /** This one and all before it are confirmed, or gone. */
@@ -2248,26 +2271,19 @@ class Outbox {
     return this.#journal.bytes + this.#frames.size * ENTRY_OVERHEAD;
   }
 
-  /** Everything up to this number has been sent, or was dropped. */
-  get #reached(): number {
-    return Math.max(this.#sent, this.#next - 1);
-  }
-
   /** The number up to which all has been sent, once what had to be sent again is under way; undefined before. */
   get position(): number | undefined {
-    return this.connected && !this.#blocked && this.#next > this.#sent ? this.#reached : undefined;
+    return this.connected && !this.#blocked && this.#next > this.#reached ? this.#reached : undefined;
   }
 
   /** A packet for a destination. Volatile ones are dropped while the broker is away. */
   add(to: Destination, parts: readonly unknown[]): void {
-    const waits = !this.#channel || this.#blocked;
-    if (this.#closed || (to.volatile && waits)) return;
+    if (this.#closed || (to.volatile && (!this.#channel || this.#blocked))) return;
     let size = 0;
     for (const part of parts) size += partLength(part);
     if ((to.head.length + size) * 3 + OVERHEAD > this.settings.maxPayload && !this.#fits(to, parts)) return;
     let draft = this.#draft;
-    const full = draft && (draft.size + size > this.#frameSize || !sameDestination(draft.to, to));
-    if (draft && (full || (waits && performance.now() - draft.at > this.#journal.pageTime))) {
+    if (draft && (draft.size + size > this.#frameSize || !sameDestination(draft.to, to))) {
       this.#seal(draft);
       draft = undefined;
     }
@@ -2317,7 +2333,6 @@ class Outbox {
     const place = (size: number) => this.#journal.add(number, at, size, readerOf(to));
     const body = encodeFrame(to.kind, this.uid, number, to.head, draft, this.#behind(to), place);
     this.#frames.set(number, { to, number, body, packets, confirmed: false });
-    if (!this.#channel) this.evict();
   }
 
   /**
@@ -2341,6 +2356,8 @@ class Outbox {
 
   readonly #flush = (): void => {
     this.#scheduled = false;
+    const draft = this.#draft;
+    if (draft && performance.now() - draft.at > this.#journal.pageTime) this.#seal(draft);
     while (this.#channel && !this.#blocked && !this.#closed && !this.#declaring && this.#hasRoom()) {
       if (this.#next > this.#number) {
         if (!this.#draft || this.#unconfirmed >= WINDOW) break;
@@ -2351,11 +2368,10 @@ class Outbox {
         void this.#declare(entry.to.exchange);
         break;
       }
-      this.#next++;
+      this.#advance();
       if (entry && !entry.confirmed) this.#publish(this.#channel, entry);
     }
-    if (this.#bytes > this.settings.journal.bytes) this.evict();
-    this.#settle();
+    this.evict();
   };
 
   /** Frames that are complete, and can grow no more, go on for some bytes. */
@@ -2382,12 +2398,11 @@ class Outbox {
       this.#waiters.push({ number, resolve });
       await within(ms, promise);
     }
-    return [...this.#frames.keys()].filter((frame) => frame <= number).length;
+    return [...this.#frames.values()].filter((frame) => frame.number <= number && !frame.confirmed).length;
   }
 
   #publish(channel: ConfirmChannel, entry: Entry): void {
     const { to, number, body, packets } = entry;
-    this.#sent = Math.max(this.#sent, number);
     this.#unconfirmed++;
     this.#inFlight += body.length;
     this.#counts.framesSent++;
@@ -2423,24 +2438,34 @@ class Outbox {
   /** Drops the pages that there is no room or time for: also those of frames that wait, but not of any that is under way. */
   evict(): void {
     const { bytes, ms } = this.settings.journal;
+    const { pages } = this.#journal;
     const expired = performance.now() - ms;
-    for (const page of this.#journal.pages()) {
+    let underWay = 0;
+    for (let i = 0; i < pages.length;) {
+      const page = pages[i]!;
       const last = lastOf(page);
-      const tooMany = this.#bytes > bytes && last < this.#number; // the newest page may be one large frame
+      const tooMany = this.#bytes - underWay > bytes && last < this.#number; // the newest page may be one large frame
       if (!tooMany && page.until >= expired) break;
-      const underWay = Math.max(page.first, this.#settled + 1) <= Math.min(last, this.#next - 1);
-      if (underWay) continue;
+      if (Math.max(page.first, this.#settled + 1) <= Math.min(last, this.#next - 1)) {
+        underWay += bytesOf(page);
+        i++;
+        continue;
+      }
       for (let number = Math.max(page.first, this.#next); number <= last; number++)
         this.#drop(this.#frames.get(number));
-      this.#journal.drop(page);
+      this.#journal.drop(i);
     }
     this.#skip();
   }
 
   /** What has been dropped need not wait for its turn. */
   #skip(): void {
-    while (this.#next <= this.#number && !this.#frames.has(this.#next)) this.#next++;
+    while (this.#next <= this.#number && !this.#frames.has(this.#next)) this.#advance();
     this.#settle();
+  }
+
+  #advance(): void {
+    this.#reached = Math.max(this.#reached, this.#next++);
   }
 
   /** Gives a frame up that the broker has not confirmed. */
@@ -2449,7 +2474,7 @@ class Outbox {
     this.#frames.delete(entry.number);
     if (entry.confirmed || entry.to.volatile) return;
     this.dropped++;
-    this.#dropReport ??= setTimeout(() => this.#reportDrops(), DROP_REPORT);
+    if (!this.#closed) this.#dropReport ??= setTimeout(() => this.#reportDrops(), DROP_REPORT);
   }
 
   #reportDrops(): void {
@@ -2477,6 +2502,7 @@ class Outbox {
     });
     channel.on("close", () => setImmediate(() => channel === this.#channel && lose(new Error("Channel closed"))));
     channel.on("return", ({ fields }) => this.events.unreachable(fields.routingKey.slice(ALL_SERVERS.length)));
+    if (this.#lose !== lose) return discard(channel);
     const emitter: NodeJS.EventEmitter = model;
     const blocked = (reason: string) => {
       this.#blocked = true;
@@ -2532,8 +2558,10 @@ class Outbox {
     if (!largest) return;
     this.#journal.withdraw(largest.number);
     this.#frames.delete(largest.number);
-    this.dropped++;
-    this.#droppedReported++;
+    if (!largest.to.volatile) {
+      this.dropped++;
+      this.#droppedReported++;
+    }
     this.events.report(
       new RangeError(
         `A frame of ${largest.body.length} bytes was refused by the broker: ${error.message}; lower maxPayload`,
