@@ -1421,12 +1421,13 @@ class Member {
     this.#replaying.set(uid, id);
     const { bodies, ...begin } = this.outbox.since(uid, last, doubt);
     let confirmed = this.#tell(uid, { type: "begin", id, ...begin });
-    for (const [index, body] of bodies.entries()) {
-      confirmed = this.#tell(uid, { type: "again", id, index }, body);
-      if (index % REPLAY_WINDOW === 0 && !(await confirmed)) break;
+    let count = 0;
+    for (const body of bodies) {
+      confirmed = this.#tell(uid, { type: "again", id, index: count }, body);
+      if (count++ % REPLAY_WINDOW === 0 && !(await confirmed)) break;
       if (this.#replaying.get(uid) !== id) return; // it has asked anew, or is gone
     }
-    if (await confirmed) void this.#tell(uid, { type: "end", id, count: bodies.length });
+    if (await confirmed) void this.#tell(uid, { type: "end", id, count });
     if (this.#replaying.get(uid) === id) this.#replaying.delete(uid);
   }
 
@@ -2079,8 +2080,8 @@ interface Page {
   /** When its first and its last frame were begun (ms, monotonic). */
   readonly since: number;
   until: number;
-  /** Whether frames of it are being sent again. */
-  lent: boolean;
+  /** How often frames of it are being sent again. */
+  lent: number;
 }
 
 /** The answer to a peer's question what it has missed. */
@@ -2091,7 +2092,7 @@ interface Missed {
   lost: number;
   /** The last number that was sent. */
   to: number;
-  bodies: Buffer[];
+  bodies: Iterable<Buffer>;
 }
 
 interface OutboxEvents {
@@ -2125,6 +2126,18 @@ const DROP_REPORT = 1_000;
 
 const lastOf = ({ first, ends }: Page): number => first + ends.length - 1;
 const bytesOf = ({ ends }: Page): number => ends.at(-1) ?? 0;
+
+function* framesIn(pages: Page[], from: number, to: number, reader: string): Generator<Buffer> {
+  try {
+    for (const { buffer, first, ends, readers } of pages) {
+      const count = Math.min(ends.length, to - first + 1);
+      for (let i = Math.max(0, from - first); i < count; i++)
+        if ((readers[i] ?? reader) === reader) yield buffer.subarray(ends[i - 1] ?? 0, ends[i]);
+    }
+  } finally {
+    for (const page of pages) page.lent--;
+  }
+}
 
 /**
  * All frames of the last minute or so, in pages that are written one after the other, and over again. As an object, or as a
@@ -2161,7 +2174,7 @@ class Journal {
     let end = page ? bytesOf(page) : 0;
     const goesOn = page && lastOf(page) === number - 1 && at - page.since <= this.pageTime;
     if (!page || !goesOn || end + size > page.buffer.length) {
-      page = { buffer: this.#buffer(size), first: number, ends: [], readers: [], since: at, until: at, lent: false };
+      page = { buffer: this.#buffer(size), first: number, ends: [], readers: [], since: at, until: at, lent: 0 };
       this.pages.push(page);
       end = 0;
     }
@@ -2182,23 +2195,15 @@ class Journal {
   drop(index: number): void {
     for (const page of this.pages.splice(index, 1)) {
       this.bytes -= bytesOf(page);
-      if (!page.lent && page.buffer.length === this.#pageSize) this.#spare = page.buffer;
+      if (page.lent === 0 && page.buffer.length === this.#pageSize) this.#spare = page.buffer;
     }
   }
 
-  /** The frames from one number to another that a reader may have. */
-  read(from: number, to: number, reader: string): Buffer[] {
-    const bodies: Buffer[] = [];
-    for (const page of this.pages) {
-      const { buffer, first, ends, readers } = page;
-      const count = Math.min(ends.length, to - first + 1);
-      for (let i = Math.max(0, from - first); i < count; i++) {
-        if ((readers[i] ?? reader) !== reader) continue;
-        page.lent = true;
-        bodies.push(buffer.subarray(ends[i - 1] ?? 0, ends[i]));
-      }
-    }
-    return bodies;
+  /** The frames from one number to another that a reader may have. Their pages are not used again until all are read. */
+  read(from: number, to: number, reader: string): Iterable<Buffer> {
+    const pages = this.pages.filter((page) => lastOf(page) >= from && page.first <= to);
+    for (const page of pages) page.lent++;
+    return framesIn(pages, from, to, reader);
   }
 
   /** Nobody is to have this frame again. */
