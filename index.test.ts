@@ -3,7 +3,7 @@
  * meet; what must not arrive is shown by a later packet on the same way, for order holds.
  */
 import { Server as BunEngine } from "@socket.io/bun-engine";
-import { connect, type Channel, type ChannelModel, type Options as Amqp } from "amqplib";
+import { connect, type Channel, type ChannelModel, type ConsumeMessage, type Options as Amqp } from "amqplib";
 import { afterAll, afterEach, beforeEach, describe, expect, test } from "bun:test";
 import { once } from "node:events";
 import { createServer } from "node:http";
@@ -1525,7 +1525,15 @@ describe("an outage", () => {
     links[1]?.heal();
     await eventually(() => expect(b.adapter.stats.lost).toBe(10), 10_000);
     const { framesReceived } = b.adapter.stats;
-    await Bun.sleep(1_000); // ten heartbeats
+    const spy = await connect(broker.url);
+    closers.push(() => spy.close());
+    const channel = await spy.createChannel();
+    const { queue } = await channel.assertQueue("", { exclusive: true });
+    await channel.bindQueue(queue, `${prefix}#/`, "@");
+    let beats = 0;
+    const listen = (message: ConsumeMessage | null) => void (beats += message?.content.includes('"beat"') ? 1 : 0);
+    await channel.consume(queue, listen, { noAck: true });
+    await eventually(() => expect(beats).toBeGreaterThan(20)); // of three servers
     expect(b.adapter.stats).toMatchObject({ lost: 10, framesReceived });
     nodes.forEach(errorsOf);
     a.io.to("red").emit("last");
