@@ -719,8 +719,6 @@ interface Tenant extends RoomOwner {
 /** Another server or emitter that has been heard of. */
 interface Peer {
   readonly uid: string;
-  /** The last number that was taken, or said to be sent by a heartbeat that came behind it; NaN before. */
-  last: number;
   /** When it was last heard (ms, monotonic). */
   seen: number;
   /** When it last said hello, which it does with a queue. */
@@ -731,53 +729,60 @@ interface Peer {
   revision: number;
   /** The latest frames taken. */
   readonly recent: Recent;
-  /** Frames up to this number are no longer waited for; NaN until one is taken. */
+  /** Frames up to this number have come, or are for others; NaN until it is known. */
   sure: number;
+  /** The position in its latest heartbeat, which counts once the next one agrees: it might be forged. */
+  position: number;
   /** Set while frames may be missing, until the peer has sent them again. */
   gap?: Gap | undefined;
 }
 
-/**
- * A number `seen` that contradicts `last`. Unless one of them is forged, what came `after` is missing: the peer knows, for it
- * has sent no number above its own last. Where `after` is undefined, all of it may be.
- */
-interface Doubt {
-  readonly seen: number;
-  readonly after?: number | undefined;
-}
+/** Number and digest of a frame that was taken: what nobody forges by chance. */
+type Taken = [number: number, digest: number];
 
-/** What came after the last frame that was taken before the one seen. */
-function doubtAt({ recent }: Peer, seen: number): Doubt {
-  if (recent.at.size === 0) return { seen, after: seen };
-  const taken = recent.below(seen + 1);
-  return { seen, after: taken.length > 0 ? Math.max(...taken) : undefined };
-}
-
-/** The numbers of the latest frames, and when each was taken (ms, monotonic). The oldest makes room. */
+/** The latest frames taken. The oldest makes room. */
 class Recent {
-  readonly at = new Map<number, number>();
-  /** In the order in which they came: a Map finds its first key the later, the more have been deleted before it. */
-  readonly #ring: number[] = [];
+  /** By number, where it stands in the lists, which go round: a Map finds its first key the later, the more it has lost. */
+  readonly #places = new Map<number, number>();
+  readonly #numbers: number[] = [];
+  readonly #digests: number[] = [];
+  readonly #times: number[] = [];
   #next = 0;
 
-  add(number: number, at: number): void {
-    this.at.delete(this.#ring[this.#next] ?? NaN);
-    this.#ring[this.#next] = number;
-    this.#next = (this.#next + 1) % RECENT;
-    this.at.set(number, at);
+  /** Whether it is new; `at` is when it came (ms, monotonic). */
+  add({ number, body }: Frame, at: number): boolean {
+    const digest = Bun.hash.crc32(body);
+    const known = this.#places.get(number);
+    if (known !== undefined && this.#digests[known] === digest) return false;
+    const place = this.#next;
+    const oldest = this.#numbers[place];
+    if (oldest !== undefined && this.#places.get(oldest) === place) this.#places.delete(oldest);
+    this.#numbers[place] = number;
+    this.#digests[place] = digest;
+    this.#times[place] = at;
+    this.#places.set(number, place);
+    this.#next = (place + 1) % RECENT;
+    return true;
   }
 
-  /** The numbers below this one. */
-  below(number: number): number[] {
-    return [...this.at.keys()].filter((taken) => taken < number);
+  has(number: number): boolean {
+    return this.#places.has(number);
   }
 
-  forgetAbove(number: number): void {
-    for (const [i, taken] of this.#ring.entries()) {
-      if (!(taken > number)) continue;
-      this.at.delete(taken);
-      this.#ring[i] = NaN;
+  /** Whether one below this number came after that time. */
+  hasOlder(number: number, than: number): boolean {
+    return this.#numbers.some((taken, place) => taken < number && this.#times[place]! > than);
+  }
+
+  /** The last ones that came, of those below this number. */
+  evidence(below: number): Taken[] {
+    const evidence: Taken[] = [];
+    for (let i = 1; i <= this.#numbers.length && evidence.length < EVIDENCE; i++) {
+      const place = (this.#next - i + RECENT) % RECENT;
+      const number = this.#numbers[place]!;
+      if (number < below) evidence.push([number, this.#digests[place]!]);
     }
+    return evidence;
   }
 }
 
@@ -785,12 +790,16 @@ class Recent {
 interface Gap {
   /** Of the question. */
   id: number;
-  /** What it is about, if not all after `last`; once the answer has begun, what has not come of it yet. */
-  doubt: Doubt | undefined;
+  /** The frame that is missing, and the one that says so; undefined after an outage, when any may be. */
+  readonly missing: number | undefined;
+  readonly seen: number | undefined;
   /** How many frames of the answer have come; undefined before it has begun. */
   came: number | undefined;
-  /** Up to which number the answer says all. */
-  sure: number;
+  /** The first and last number that the answer covers; from Infinity, before it has begun. */
+  from: number;
+  to: number;
+  /** The peer's last number, once it has said goodbye, and until it is heard again. */
+  bye: number | undefined;
   /** Frames that came in the meantime. */
   readonly held: Frame[];
   heldBytes: number;
@@ -819,10 +828,14 @@ const RENEW_AFTER = 2_000;
 /** How many replayed frames may be unconfirmed. */
 const REPLAY_WINDOW = 64;
 /**
- * How many numbers of frames are remembered of each peer. When a node of a RabbitMQ cluster dies, the others may deliver a
- * few frames out of order; what is then sent again must not be taken twice.
+ * How many frames of each peer are remembered: more than the `IN_FLIGHT` bytes hold that it sends again when it has lost its
+ * connection.
  */
-const RECENT = 1_024;
+const RECENT = 4_096;
+/** How many of them a question names. */
+const EVIDENCE = 64;
+/** What nobody guesses. */
+const questionId = (): number => randomInt(2 ** 47);
 /** How many peers are remembered at most, so that forged ids cannot fill the memory. */
 const MAX_PEERS = 10_000;
 
@@ -839,6 +852,8 @@ class Member {
   readonly #root: string;
   readonly #tenants = new Map<string, Tenant>();
   readonly #peers = new Map<string, Peer>();
+  /** Those of them that have a gap. */
+  readonly #gapped = new Set<Peer>();
   readonly #requests = new Map<number, Request>();
   /** The question for which each peer is sent what it missed. */
   readonly #replaying = new Map<string, number>();
@@ -1057,8 +1072,8 @@ class Member {
 
   /** An event from any AMQP client: the routing keys, or the room's exchange, name the rooms. */
   #onForeign(content: Buffer, { exchange, routingKey }: ConsumeMessage["fields"], cc: unknown): void {
-    const data = parseJson(content.toString());
-    if (!Array.isArray(data)) throw new FrameError("application/json that is no array; expected [event, ...arguments]");
+    const data = parseJson(content.toString(), NAMED_ARRAY);
+    if (!Array.isArray(data)) throw new FrameError("application/json that is no array");
     const keys = [routingKey, ...(Array.isArray(cc) ? cc.map(String) : [])];
     for (const tenant of this.#tenants.values()) {
       const rooms = tenant.bindings.roomsOf(exchange, keys);
@@ -1079,13 +1094,14 @@ class Member {
     if (!peer.gap) {
       const missing = this.#missingBefore(peer, frame);
       if (missing === undefined) return this.#take(peer, frame);
-      this.#miss(peer, { seen: frame.number, after: missing - 1 });
+      this.#miss(peer, missing, frame.number);
     }
     const { gap } = peer;
     if (!gap) return this.#take(peer, frame);
     gap.held.push(frame);
     gap.heldBytes += frame.body.length;
     gap.heldSince ??= this.#heard;
+    gap.bye = undefined;
     if (gap.heldBytes > this.settings.journal.bytes)
       this.#resume(peer, "sent more than the journal holds before it answered");
   }
@@ -1100,34 +1116,18 @@ class Member {
     const end = headStartOf(body);
     for (let offset = HEADER + body.readUInt32BE(24) * 4; offset < end; offset += 8) {
       const number = frame.number - body.readUInt32BE(offset);
-      if (number <= sure || recent.at.has(number)) continue;
+      if (number <= sure || recent.has(number)) continue;
       const since = this.topology.boundSince(body.readUInt32BE(offset + 4));
       if (since === undefined) continue;
       // Only if something older was taken since the queue was bound, for what was sent before is for others.
-      for (const [taken, at] of recent.at) {
-        if (taken >= number || at <= since) continue;
-        missing = number; // the nearest comes first
-        break;
-      }
+      if (recent.hasOlder(number, since)) missing = number; // the nearest comes first
     }
     return missing;
   }
 
-  /** Takes the peer's next frame: numbers grow, and what has been seen is dropped. */
+  /** Takes a frame, unless it has come before. */
   #take(peer: Peer, frame: Frame): void {
-    const { recent } = peer;
-    const known = recent.at.has(frame.number);
-    if (known || frame.number <= peer.last) {
-      this.#counts.duplicates++;
-      peer.last = Math.max(peer.last, frame.number); // which may have been put back
-      if (known) return;
-      // Not taken, yet not newer: it came late, or somebody forged `last`. The peer knows; but one that is older than most
-      // of what was taken is no next frame, and not worth a question.
-      if (recent.below(frame.number).length * 2 >= recent.at.size - 1) this.#miss(peer, doubtAt(peer, frame.number));
-      return;
-    }
-    peer.last = frame.number;
-    recent.add(frame.number, this.#heard);
+    if (!peer.recent.add(frame, this.#heard)) return void this.#counts.duplicates++;
     if (Number.isNaN(peer.sure)) peer.sure = frame.number;
     this.#counts.framesReceived++;
     this.#counts.packetsReceived += frame.packets;
@@ -1161,9 +1161,9 @@ class Member {
       if (this.#peers.size >= MAX_PEERS) this.#forgetOne();
       peer = {
         uid,
-        last: NaN,
         recent: new Recent(),
         sure: NaN,
+        position: NaN,
         seen: this.#heard,
         greeted: -Infinity,
         revision: -1,
@@ -1179,7 +1179,9 @@ class Member {
     let silent: Peer | undefined;
     for (const peer of this.#peers.values())
       if (!peer.gap?.held.length && !(silent && silent.seen <= peer.seen)) silent = peer;
-    if (silent) this.#peers.delete(silent.uid);
+    if (!silent) return;
+    this.#peers.delete(silent.uid);
+    this.#gapped.delete(silent);
   }
 
   /** Tells everyone who is here with what. One telling at a time: what changes meanwhile goes with the next. */
@@ -1243,29 +1245,34 @@ class Member {
 
   #onControl(peer: Peer, frame: Frame): void {
     const [json, attachment] = packetsOf(frame)[0] ?? [];
-    const control = asControl(parseJson(json));
+    const control = asControl(parseJson(json, OBJECT));
     switch (control.type) {
       case "hello":
-        if (peer.gap && !peer.namespaces) peer.gap.askAt = 0; // its queue is back
+        if (peer.gap) {
+          peer.gap.bye = undefined;
+          if (peer.gap.came === undefined) peer.gap.askAt = 0; // its queue is back
+        }
         peer.namespaces = new Set(control.namespaces);
         peer.revision = control.revision;
         peer.greeted = this.#heard;
-        if (Number.isNaN(peer.last) && !peer.gap) peer.last = peer.sure = control.position ?? NaN; // all before was for others
+        if (Number.isNaN(peer.sure) && !peer.gap) peer.sure = control.position ?? NaN; // all before was for others
         if (control.reply) void this.#tell(peer.uid, this.#hello(false));
         return this.#ask();
       case "beat":
         if (!peer.namespaces || peer.revision !== control.revision) void this.#tell(peer.uid, this.#hello(true));
-        if (peer.gap) return;
-        peer.sure = Math.min(Number.isNaN(peer.sure) ? control.position : peer.sure, control.position);
-        if (control.position < peer.last) return this.#miss(peer, doubtAt(peer, control.position));
-        peer.last = control.position; // it comes behind all of them
+        if (peer.gap) {
+          peer.gap.bye = undefined;
+          return;
+        }
+        // It comes behind all of them.
+        if (control.position < peer.sure) peer.sure = control.position;
+        else if (control.position >= peer.position) peer.sure = Math.max(peer.sure || 0, peer.position);
+        peer.position = control.position;
         return;
-      case "bye": {
+      case "bye":
         this.#gone(peer);
-        const { doubt } = peer.gap ?? {};
-        const whole = (doubt ? (doubt.after ?? 0) : peer.last) >= control.position;
-        return this.#resume(peer, whole ? undefined : "has closed without saying what it had sent");
-      }
+        if (peer.gap) peer.gap.bye = control.position; // if it is true, the broker returns the next question
+        return;
       case "ping":
         return;
       case "missing":
@@ -1282,21 +1289,20 @@ class Member {
     gap.askAt = performance.now() + ASK_AGAIN;
     switch (control.type) {
       case "begin":
-        if (gap.came === undefined) peer.last = control.from - 1;
-        peer.recent.forgetAbove(control.to); // forged
-        gap.sure = Math.max(control.to, gap.doubt?.seen ?? 0);
-        gap.doubt = { seen: control.to, after: peer.last };
         gap.came = 0;
+        peer.sure = control.from - 1;
+        gap.from = Math.min(gap.from, control.from); // an answer to the question put again goes on where the first ended
+        gap.to = Math.max(control.to, peer.sure);
         if (control.lost > 0) this.#lost(peer, control.lost);
         return;
       case "again":
         if (gap.came !== control.index || !(attachment instanceof Buffer)) return; // asked for again
         gap.came++;
-        this.#takeAgain(peer, readFrame(attachment));
-        gap.doubt = { seen: peer.last, after: peer.last };
-        return;
+        return this.#takeAgain(peer, readFrame(attachment));
       case "end":
-        if (gap.came === control.count) this.#resume(peer);
+        if (gap.came !== control.count) return;
+        peer.sure = gap.to;
+        this.#resume(peer);
     }
   }
 
@@ -1304,6 +1310,12 @@ class Member {
   #unreachable(uid: string): void {
     this.#replaying.delete(uid);
     const peer = this.#peers.get(uid);
+    const { bye } = peer?.gap ?? {};
+    if (peer && bye !== undefined) {
+      const whole = peer.sure >= bye || peer.recent.has(bye);
+      return this.#resume(peer, whole ? undefined : "has closed without saying what it had sent");
+    }
+    if (peer?.gap) peer.gap.askAt = performance.now() + this.settings.heartbeatInterval; // or when it says hello
     if (!peer?.namespaces) return;
     // Right after an outage its queue may just not be back yet.
     const upSince = Math.max(this.#consuming.upSince ?? Infinity, this.#publishing.upSince ?? Infinity);
@@ -1376,22 +1388,32 @@ class Member {
 
   // Gaps: after an outage each peer is asked for what it sent meanwhile; until it has answered, its newer frames wait.
 
-  /** Something of this peer's may be missing. */
-  #miss(peer: Peer, doubt?: Doubt): void {
-    const { held = [], heldBytes = 0, heldSince, doubt: earlier } = peer.gap ?? {};
-    if (!doubt && earlier) doubt = { seen: earlier.seen, after: earlier.after && Math.min(earlier.after, peer.last) };
-    const gap = { id: randomInt(2 ** 47), doubt, came: undefined, sure: 0, held, heldBytes, heldSince, askAt: 0 };
-    peer.gap = gap;
-    this.#ask();
+  /** Something of this peer's may be missing: this frame, as another one says, or any. */
+  #miss(peer: Peer, missing?: number, seen?: number): void {
+    const { gap } = peer;
+    peer.gap = {
+      id: questionId(),
+      missing: missing ?? gap?.missing,
+      seen: seen ?? gap?.seen,
+      came: undefined,
+      from: Infinity,
+      to: 0,
+      bye: gap?.bye,
+      held: gap?.held ?? [],
+      heldBytes: gap?.heldBytes ?? 0,
+      heldSince: gap?.heldSince,
+      askAt: 0,
+    };
+    this.#gapped.add(peer);
+    this.#ask([peer]);
   }
 
-  /** Asks each peer that has a gap, again and again: its queue may not be back yet either. */
-  #ask(): void {
+  /** Asks each of these peers, if it has a gap, again and again: its queue may not be back yet either. */
+  #ask(peers: Iterable<Peer> = this.#gapped): void {
     if (!this.#consuming.connected || !this.outbox.connected || this.closing) return;
     const now = performance.now();
     const { heartbeatTimeout, journal } = this.settings;
-    let open = false;
-    for (const peer of this.#peers.values()) {
+    for (const peer of peers) {
       const { gap } = peer;
       if (!gap) continue;
       // It may be cut off itself; but what it has sent is gone when it is, or its journal has run out.
@@ -1400,15 +1422,19 @@ class Member {
         this.#resume(peer, "has not said what it had sent");
         continue;
       }
-      open = true;
       if (now < gap.askAt) continue;
       gap.askAt = now + ASK_AGAIN;
-      if (gap.came !== undefined) gap.id = randomInt(2 ** 47); // what may still come of the first answer has a hole
+      if (gap.came !== undefined) gap.id = questionId(); // what may still come of the first answer has a hole
       gap.came = undefined;
-      const last = Number.isNaN(peer.last) ? undefined : peer.last;
-      void this.#tell(peer.uid, { type: "ask", id: gap.id, last, doubt: gap.doubt });
+      const sure = Number.isNaN(peer.sure) ? undefined : peer.sure;
+      void this.#tell(peer.uid, {
+        type: "ask",
+        id: gap.id,
+        sure,
+        taken: peer.recent.evidence(gap.missing ?? Infinity),
+      });
     }
-    if (open) this.#asking ??= setInterval(() => this.#ask(), ASK_AGAIN);
+    if (this.#gapped.size > 0) this.#asking ??= setInterval(() => this.#ask(), ASK_AGAIN);
     else {
       clearInterval(this.#asking);
       this.#asking = undefined;
@@ -1416,10 +1442,10 @@ class Member {
   }
 
   /** Sends a peer what it has missed: straight to its queue, in order, a few frames at a time. */
-  async #replay(uid: string, { id, last, doubt }: Control & { type: "ask" }): Promise<void> {
+  async #replay(uid: string, { id, taken, sure }: Control & { type: "ask" }): Promise<void> {
     if (this.#replaying.get(uid) === id) return; // asked again meanwhile
     this.#replaying.set(uid, id);
-    const { bodies, ...begin } = this.outbox.since(uid, last, doubt);
+    const { bodies, ...begin } = this.outbox.since(uid, taken, sure);
     let confirmed = this.#tell(uid, { type: "begin", id, ...begin });
     let count = 0;
     for (const body of bodies) {
@@ -1434,9 +1460,10 @@ class Member {
   #takeAgain(peer: Peer, frame: Frame): void {
     if (frame.sender !== peer.uid || frame.kind === Kind.Control)
       throw new FrameError("a replay of somebody else's frame");
-    if (frame.number <= peer.last) return void this.#counts.duplicates++;
-    if (!peer.recent.at.has(frame.number)) this.#counts.replayed++;
+    const { duplicates } = this.#counts;
+    peer.sure = frame.number;
     this.#take(peer, frame);
+    if (this.#counts.duplicates === duplicates) this.#counts.replayed++;
   }
 
   /** The gap is closed, or given up: what waited comes next. */
@@ -1444,15 +1471,14 @@ class Member {
     const { gap } = peer;
     if (!gap) return;
     peer.gap = undefined;
-    if (failure && !Number.isNaN(peer.last) && !this.closing)
-      this.#report(new Error(`Peer ${peer.uid} ${failure}: frames after number ${peer.last} may be lost`));
-    if (!failure) peer.sure = Math.max(gap.sure, peer.last);
-    const { last } = peer;
+    this.#gapped.delete(peer);
+    if (failure && !Number.isNaN(peer.sure) && !this.closing)
+      this.#report(new Error(`Peer ${peer.uid} ${failure}: frames after number ${peer.sure} may be lost`));
     for (const frame of gap.held.toSorted((one, other) => one.number - other.number)) {
       try {
-        if (frame.number <= last)
+        if (frame.number >= gap.from && frame.number <= peer.sure)
           this.#counts.duplicates++; // it has been sent again
-        else if (failure) this.#take(peer, frame);
+        else if (failure || frame.number === gap.seen) this.#take(peer, frame);
         else this.#hold(peer, frame);
       } catch (error) {
         this.#reportUnreadable(asError(error), `peer ${peer.uid}`);
@@ -2088,9 +2114,9 @@ interface Page {
 interface Missed {
   /** The number of the first frame. */
   from: number;
-  /** How many before it the journal no longer holds. */
+  /** How many before it the journal no longer holds, without those that this server counts as dropped. */
   lost: number;
-  /** The last number that was sent. */
+  /** The number of the last frame, if it is for the peer. */
   to: number;
   bodies: Iterable<Buffer>;
 }
@@ -2121,6 +2147,8 @@ const PAGE = 128 * 1024;
 const PAGE_SHARE = 1 / 16;
 /** The reader of a frame that nobody may have again. */
 const NOBODY = "";
+/** How many runs of dropped frames are remembered, so that no peer counts them too. */
+const MAX_RUNS = 1_000;
 /** Dropped frames are reported together, this many ms after the first. */
 const DROP_REPORT = 1_000;
 
@@ -2208,8 +2236,21 @@ class Journal {
 
   /** Nobody is to have this frame again. */
   withdraw(number: number): void {
-    const page = this.pages.findLast(({ first }) => first <= number);
+    const page = this.#pageOf(number);
     if (page) page.readers[number - page.first] = NOBODY;
+  }
+
+  /** Undefined if there is no such frame. */
+  digest(number: number): number | undefined {
+    const page = this.#pageOf(number);
+    if (!page) return undefined;
+    const { buffer, first, ends } = page;
+    return Bun.hash.crc32(buffer.subarray(ends[number - first - 1] ?? 0, ends[number - first]));
+  }
+
+  #pageOf(number: number): Page | undefined {
+    const page = this.pages.findLast(({ first }) => first <= number);
+    return page && number <= lastOf(page) ? page : undefined;
   }
 }
 
@@ -2220,6 +2261,8 @@ class Journal {
 class Outbox {
   /** Frames that left the journal before the broker had confirmed them. */
   dropped = 0;
+  /** Their numbers. */
+  readonly #droppedRuns: { from: number; to: number }[] = [];
   #channel: ConfirmChannel | undefined;
   #model: AmqpConnection | undefined;
   #lose: Lose = () => {};
@@ -2478,8 +2521,23 @@ class Outbox {
     if (!entry) return;
     this.#frames.delete(entry.number);
     if (entry.confirmed || entry.to.volatile) return;
-    this.dropped++;
+    this.#countDropped(entry);
     if (!this.#closed) this.#dropReport ??= setTimeout(() => this.#reportDrops(), DROP_REPORT);
+  }
+
+  #countDropped({ number }: Entry): void {
+    this.dropped++;
+    const latest = this.#droppedRuns.at(-1);
+    if (latest?.to === number - 1) latest.to = number;
+    else if (this.#droppedRuns.push({ from: number, to: number }) > MAX_RUNS) this.#droppedRuns.shift();
+  }
+
+  /** How many frames with numbers between these two were dropped. */
+  #droppedBetween(after: number, before: number): number {
+    let count = 0;
+    for (const { from, to } of this.#droppedRuns)
+      count += Math.max(0, Math.min(to, before - 1) - Math.max(from, after + 1) + 1);
+    return count;
   }
 
   #reportDrops(): void {
@@ -2564,7 +2622,7 @@ class Outbox {
     this.#journal.withdraw(largest.number);
     this.#frames.delete(largest.number);
     if (!largest.to.volatile) {
-      this.dropped++;
+      this.#countDropped(largest);
       this.#droppedReported++;
     }
     this.events.report(
@@ -2593,16 +2651,19 @@ class Outbox {
     });
   }
 
-  /** What a peer has missed, of what was sent: the frames after `last`, or all if it knows of none. */
-  since(uid: string, last: number | undefined, doubt: Doubt | undefined): Missed {
+  /** What a peer has missed, of what was sent: all after the last frame that it proves to have taken, or after `sure`. */
+  since(uid: string, taken: Taken[], sure?: number): Missed {
     this.evict();
-    const to = this.#reached;
-    const after = doubt && doubt.seen <= to ? doubt.after : last;
-    const known = after !== undefined && after <= to;
     const oldest = this.#journal.oldest ?? this.#number + 1;
-    const from = known ? Math.max(after + 1, oldest) : oldest;
-    const bodies = this.#journal.read(from, this.#next - 1, serverKey(uid));
-    return { from, lost: known ? from - after - 1 : 0, to, bodies };
+    let after: number | undefined;
+    for (const [number, digest] of [...taken, [sure ?? Infinity, undefined] as const]) {
+      const genuine = digest === undefined || number < oldest || this.#journal.digest(number) === digest;
+      if (number <= this.#reached && number > (after ?? -1) && genuine) after = number;
+    }
+    const to = this.#next - 1;
+    const from = Math.max((after ?? 0) + 1, oldest);
+    const lost = after === undefined ? 0 : from - after - 1 - this.#droppedBetween(after, from);
+    return { from, lost, to, bodies: this.#journal.read(from, to, serverKey(uid)) };
   }
 
   /** Waits up to `ms` until the broker has confirmed everything, and says goodbye. */
@@ -2895,7 +2956,7 @@ const heads = new Map<string, PacketsHead>();
 function packetsHead(text: string): PacketsHead {
   let head = heads.get(text);
   if (!head) {
-    const value = parseJson(text);
+    const value = parseJson(text, NAMED_ARRAY);
     if (!Array.isArray(value)) throw new FrameError("a frame whose head is no array");
     const [nsp, rooms, except, flags] = value as unknown[];
     if (typeof nsp !== "string" || !isRooms(rooms) || !isRooms(except) || !isRecord(flags))
@@ -2941,9 +3002,9 @@ type Control =
   | { type: "ping" }
   /** A peer's queue is gone; whoever knows it may look for itself. */
   | { type: "missing"; uid: string }
-  /** Asks for the frames after `last`, which `doubt` contradicts. */
-  | { type: "ask"; id: number; last?: number | undefined; doubt?: Doubt | undefined }
-  /** The answer: it begins with number `from`, `lost` are gone; then each frame again; then the end. */
+  /** Asks for the frames after the last one that was `taken`, or after `sure`, if all up to there has come. */
+  | { type: "ask"; id: number; sure?: number | undefined; taken: Taken[] }
+  /** The answer: all from number `from` up to `to`, `lost` before them are gone; then each frame again; then the end. */
   | { type: "begin"; id: number; from: number; lost: number; to: number }
   | { type: "again"; id: number; index: number }
   | { type: "end"; id: number; count: number };
@@ -2981,11 +3042,11 @@ const CONTROLS: Checks<Control> = {
   bye: ({ position }) => isNumber(position),
   ping: () => true,
   missing: ({ uid }) => typeof uid === "string",
-  ask: ({ id, last, doubt }) =>
+  ask: ({ id, sure, taken }) =>
     isNumber(id) &&
-    (last === undefined || isNumber(last)) &&
-    (doubt === undefined ||
-      (isRecord(doubt) && isNumber(doubt["seen"]) && (doubt["after"] === undefined || isNumber(doubt["after"])))),
+    (sure === undefined || isNumber(sure)) &&
+    Array.isArray(taken) &&
+    taken.every((frame) => Array.isArray(frame) && frame.length === 2 && frame.every(isNumber)),
   begin: ({ id, from, lost, to }) => isNumber(id) && isNumber(from) && isNumber(lost) && isNumber(to),
   again: ({ id, index }) => isNumber(id) && isNumber(index),
   end: ({ id, count }) => isNumber(id) && isNumber(count),
@@ -3023,6 +3084,7 @@ const encodedLength = (value: unknown): number => encodeValue(value).reduce((sum
 function decodeValue([json, ...binaries]: Part[]): unknown {
   return parseJson(
     json,
+    OBJECT,
     binaries.length === 0
       ? undefined
       : (value) => {
@@ -3032,13 +3094,20 @@ function decodeValue([json, ...binaries]: Part[]): unknown {
   );
 }
 
-function parseJson(text: unknown, revive?: (value: unknown) => unknown): unknown {
+/** How JSON begins, and what is meant. */
+type Opening = readonly [RegExp, string];
+const OBJECT: Opening = [/^\s*\{/, "an object"];
+const NAMED_ARRAY: Opening = [/^\s*\[\s*"/, "an array that begins with a string"];
+
+/** Looks at the beginning first, for it takes milliseconds to parse a few thousand nested brackets. */
+function parseJson(text: unknown, [opening, expected]: Opening, revive?: (value: unknown) => unknown): unknown {
+  if (typeof text !== "string") throw new FrameError("binary where JSON was expected");
+  if (!opening.test(text)) throw new FrameError(`${JSON.stringify(text.slice(0, 20))}; expected ${expected}`);
   try {
-    if (typeof text === "string") return JSON.parse(text, revive && ((_, value: unknown) => revive(value)));
+    return JSON.parse(text, revive && ((_, value: unknown) => revive(value)));
   } catch (error) {
     throw new FrameError(`not JSON: ${asError(error).message}`);
   }
-  throw new FrameError("binary where JSON was expected");
 }
 
 function asBinary(value: unknown): Uint8Array | undefined {
