@@ -2096,7 +2096,9 @@ interface Entry {
 
 /** A piece of the journal: frames one behind the other, their numbers too. */
 interface Page {
-  readonly buffer: Buffer;
+  /** Undefined once it is packed. */
+  buffer: Buffer | undefined;
+  packed: Buffer | undefined;
   /** The number of its first frame. */
   readonly first: number;
   /** Where each frame ends. */
@@ -2106,8 +2108,6 @@ interface Page {
   /** When its first and its last frame were begun (ms, monotonic). */
   readonly since: number;
   until: number;
-  /** How often frames of it are being sent again. */
-  lent: number;
 }
 
 /** The answer to a peer's question what it has missed. */
@@ -2155,22 +2155,26 @@ const DROP_REPORT = 1_000;
 const lastOf = ({ first, ends }: Page): number => first + ends.length - 1;
 const bytesOf = ({ ends }: Page): number => ends.at(-1) ?? 0;
 
+const unpacked = ({ packed }: Page): Buffer => (packed ? Bun.zstdDecompressSync(packed) : Buffer.alloc(0));
+
 function* framesIn(pages: Page[], from: number, to: number, reader: string): Generator<Buffer> {
-  try {
-    for (const { buffer, first, ends, readers } of pages) {
-      const count = Math.min(ends.length, to - first + 1);
-      for (let i = Math.max(0, from - first); i < count; i++)
-        if ((readers[i] ?? reader) === reader) yield buffer.subarray(ends[i - 1] ?? 0, ends[i]);
+  for (const page of pages) {
+    const { first, ends, readers } = page;
+    const count = Math.min(ends.length, to - first + 1);
+    let content: Buffer | undefined;
+    for (let i = Math.max(0, from - first); i < count; i++) {
+      if ((readers[i] ?? reader) !== reader) continue;
+      const { buffer = (content ??= unpacked(page)) } = page; // it may be packed meanwhile, and the buffer used again
+      yield buffer.subarray(ends[i - 1] ?? 0, ends[i]);
     }
-  } finally {
-    for (const page of pages) page.lent--;
   }
 }
 
 /**
- * The frames of the last `journal.ms`, in pages that are written one after the other, and over again. As an object, or as a
- * buffer of its own, each of some hundred thousand frames would cost the garbage collector and the kernel more time than
- * all else that is done with it.
+ * The frames of the last `journal.ms`, in pages that are written one after the other and packed once they are confirmed. As
+ * an object, or as a buffer of its own, each of some hundred thousand frames would cost the garbage collector and the kernel
+ * more time than all else that is done with it; so would 16 MiB of unpacked pages, for the more lives, the more garbage
+ * JavaScriptCore lets pile up.
  */
 class Journal {
   /** Of all frames. */
@@ -2180,7 +2184,7 @@ class Journal {
   readonly #pageSize: number;
   /** A frame that waits takes packets no longer than this (ms), nor does a page take frames. */
   readonly pageTime: number;
-  /** The buffer of a page that was dropped, for the next one. */
+  /** The buffer of a page that was packed, for the next one. */
   #spare: Buffer | undefined;
 
   constructor({ bytes, ms }: Settings["journal"]) {
@@ -2201,8 +2205,10 @@ class Journal {
     let page = this.pages.at(-1);
     let end = page ? bytesOf(page) : 0;
     const goesOn = page && lastOf(page) === number - 1 && at - page.since <= this.pageTime;
-    if (!page || !goesOn || end + size > page.buffer.length) {
-      page = { buffer: this.#buffer(size), first: number, ends: [], readers: [], since: at, until: at, lent: 0 };
+    let buffer = goesOn ? page?.buffer : undefined;
+    if (!page || !buffer || end + size > buffer.length) {
+      buffer = this.#buffer(size);
+      page = { buffer, packed: undefined, first: number, ends: [], readers: [], since: at, until: at };
       this.pages.push(page);
       end = 0;
     }
@@ -2210,7 +2216,7 @@ class Journal {
     page.ends.push(end + size);
     page.readers.push(reader);
     page.until = at;
-    return page.buffer.subarray(end, end + size);
+    return buffer.subarray(end, end + size);
   }
 
   #buffer(size: number): Buffer {
@@ -2221,16 +2227,25 @@ class Journal {
   }
 
   drop(index: number): void {
-    for (const page of this.pages.splice(index, 1)) {
-      this.bytes -= bytesOf(page);
-      if (page.lent === 0 && page.buffer.length === this.#pageSize) this.#spare = page.buffer;
+    for (const page of this.pages.splice(index, 1)) this.bytes -= bytesOf(page);
+  }
+
+  /** Packs the pages whose frames have all been confirmed, up to this number. */
+  pack(settled: number): void {
+    for (let i = this.pages.length - 2; i >= 0; i--) {
+      const page = this.pages[i]!;
+      const { buffer } = page;
+      if (!buffer) return;
+      if (lastOf(page) > settled) continue;
+      page.packed = Bun.zstdCompressSync(buffer.subarray(0, bytesOf(page)), { level: 1 });
+      page.buffer = undefined;
+      if (buffer.length === this.#pageSize) this.#spare = buffer;
     }
   }
 
-  /** The frames from one number to another that a reader may have. Their pages are not used again until all are read. */
+  /** The frames from one number to another that a reader may have. Each is there until the next one is asked for. */
   read(from: number, to: number, reader: string): Iterable<Buffer> {
     const pages = this.pages.filter((page) => lastOf(page) >= from && page.first <= to);
-    for (const page of pages) page.lent++;
     return framesIn(pages, from, to, reader);
   }
 
@@ -2244,7 +2259,8 @@ class Journal {
   digest(number: number): number | undefined {
     const page = this.#pageOf(number);
     if (!page) return undefined;
-    const { buffer, first, ends } = page;
+    const { first, ends } = page;
+    const { buffer = unpacked(page) } = page;
     return Bun.hash.crc32(buffer.subarray(ends[number - first - 1] ?? 0, ends[number - first]));
   }
 
@@ -2433,6 +2449,7 @@ class Outbox {
       if (entry && !entry.confirmed) break;
       this.#frames.delete(++this.#settled);
     }
+    this.#journal.pack(this.#settled);
     while (this.#waiters[0] && this.#waiters[0].number <= this.#settled) this.#waiters.shift()?.resolve();
   }
 
@@ -2655,11 +2672,11 @@ class Outbox {
   since(uid: string, taken: Taken[], sure?: number): Missed {
     this.evict();
     const oldest = this.#journal.oldest ?? this.#number + 1;
-    let after: number | undefined;
-    for (const [number, digest] of [...taken, [sure ?? Infinity, undefined] as const]) {
-      const genuine = digest === undefined || number < oldest || this.#journal.digest(number) === digest;
-      if (number <= this.#reached && number > (after ?? -1) && genuine) after = number;
-    }
+    const isGenuine = ([number, digest]: Taken) => number < oldest || this.#journal.digest(number) === digest;
+    const claims = taken.filter(([number]) => number <= this.#reached).toSorted(([one], [other]) => other - one);
+    const proved = claims.find(isGenuine)?.[0];
+    const told = sure !== undefined && sure <= this.#reached ? sure : undefined;
+    const after = proved === undefined ? told : Math.max(proved, told ?? 0);
     const to = this.#next - 1;
     const from = Math.max((after ?? 0) + 1, oldest);
     const lost = after === undefined ? 0 : from - after - 1 - this.#droppedBetween(after, from);
