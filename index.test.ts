@@ -1405,42 +1405,81 @@ describe("an outage", () => {
     confirm: () => void;
   }
 
-  /** Opens connections whose published messages go through `pass`. */
-  const tampered = (pass: (message: Passing) => void) => async () => {
-    const connection = await connect(broker.url);
-    const { createConfirmChannel } = connection;
-    connection.createConfirmChannel = async (options) => {
-      const channel = await createConfirmChannel.call(connection, options);
-      const publish = channel.publish.bind(channel);
-      channel.publish = (exchange, key, content, options, confirmed) => {
-        const send = () => void publish(exchange, key, content, options, confirmed);
-        pass({ key, content, send, confirm: () => confirmed?.(null, {}) });
-        return true;
-      };
-      return channel;
-    };
-    return connection;
-  };
+  type Pass = (message: Passing) => void;
+  const unchanged: Pass = ({ send }) => send();
 
-  /** Two servers, the second behind a link that is cut while the first emits these numbers, each in a frame of its own. */
-  async function missed(count: number, pass: (message: Passing) => void) {
-    const link = await Proxy.open(broker.port);
-    const amqpConnection = () => connect(`amqp://guest:guest@127.0.0.1:${link.port}?heartbeat=2`);
-    const nodes = await Promise.all([start({ amqpConnection: tampered(pass) }), start({ amqpConnection })]);
+  /** Opens connections whose published messages go through `pass`. */
+  const tampered =
+    (pass: Pass, port = broker.port) =>
+    async () => {
+      const connection = await connect(`amqp://guest:guest@127.0.0.1:${port}?heartbeat=2`);
+      const { createConfirmChannel } = connection;
+      connection.createConfirmChannel = async (options) => {
+        const channel = await createConfirmChannel.call(connection, options);
+        const publish = channel.publish.bind(channel);
+        channel.publish = (exchange, key, content, options, confirmed) => {
+          const send = () => void publish(exchange, key, content, options, confirmed);
+          pass({ key, content, send, confirm: () => confirmed?.(null, {}) });
+          return true;
+        };
+        return channel;
+      };
+      return connection;
+    };
+
+  /** Two servers, each behind a link of its own. Bob, at the second, has heard number 0. */
+  async function pair(passes: { a?: Pass; b?: Pass } = {}, options: Partial<AdapterOptions> = {}) {
+    const [linkA, linkB] = [await Proxy.open(broker.port), await Proxy.open(broker.port)];
+    const nodes = await Promise.all([
+      start({ ...options, amqpConnection: tampered(passes.a ?? unchanged, linkA.port) }),
+      start({ ...options, amqpConnection: tampered(passes.b ?? unchanged, linkB.port) }),
+    ]);
     const [a, b] = nodes;
     closers.push(async () => {
-      await b.adapter.close();
-      link.close();
+      await Promise.all([a.adapter.close(), b.adapter.close()]);
+      for (const link of [linkA, linkB]) link.close();
+      nodes.forEach(errorsOf);
     });
     await acquainted(nodes);
     const bob = await join(b, ["red", "blue"]);
     a.io.to("red").emit("number", "a", 0);
     await received(bob.client, "number");
-    link.cut();
-    for (let number = 1; number < count; number++) a.io.to(number % 2 ? "blue" : "red").emit("number", "a", number);
-    await eventually(() => expect(a.adapter.stats.unconfirmed).toBe(0));
-    link.heal();
-    return { nodes, a, b, bob };
+    /** Each in a frame of its own. */
+    const emit = async (from: number, to: number, turn = 20, ...more: unknown[]) => {
+      for (let number = from; number <= to; number++) {
+        a.io.to(number % 2 ? "blue" : "red").emit("number", "a", number, ...more);
+        if (number % turn === 0) await Bun.sleep(0);
+      }
+      await eventually(() => expect(a.adapter.stats.unconfirmed).toBe(0), 10_000);
+    };
+    /** What bob has heard, once he has this number. */
+    const until = async (number: number) => {
+      await eventually(() => expect(numbers(bob, "a")).toContain(number), 20_000);
+      return numbers(bob, "a");
+    };
+    const back = (node: Node) => eventually(() => expect(node.adapter.stats.connected).toBe(true), 10_000);
+    return { linkA, linkB, nodes, a, b, bob, emit, until, back };
+  }
+
+  /** Two servers, the second behind a link that is cut while the first emits these numbers, each in a frame of its own. */
+  async function missed(count: number, pass: Pass) {
+    const { linkB, emit, ...rest } = await pair({ a: pass });
+    linkB.cut();
+    await emit(1, count - 1);
+    linkB.heal();
+    return rest;
+  }
+
+  /** Withholds the questions for as long as `withheld.questions`. */
+  function withholding(): { questions: boolean; pass: Pass } {
+    const withheld = {
+      questions: false,
+      pass: ({ content, send, confirm }: Passing) => {
+        if (withheld.questions && content.includes('"ask"')) queueMicrotask(confirm);
+        else send();
+      },
+    };
+    return withheld;
   }
 
   /** The frames that have passed by under a routing key. */
@@ -1551,6 +1590,7 @@ describe("an outage", () => {
     const beats = () => messages.filter((message) => message.includes('"beat"')).length;
     await eventually(() => expect(beats()).toBeGreaterThan(20)); // of three servers
     expect(a.adapter.stats.lost).toBe(10);
+    await eventually(() => expect(errorsOf(a).join()).toContain("Lost 10 frames"));
     expect(b.adapter.stats).toMatchObject({ lost: 0, framesReceived }); // a says so already
     nodes.forEach(errorsOf);
     a.io.to("red").emit("last");
@@ -1567,7 +1607,7 @@ describe("an outage", () => {
     let pending: (() => unknown) | void;
     let struck = false;
     const disorderly = tampered(({ key, send, confirm }) => {
-      if (!struck && key === "#red") {
+      if (!struck && key === "#other0") {
         struck = true;
         pending = disorder(send, confirm);
         return;
@@ -1581,7 +1621,7 @@ describe("an outage", () => {
     const bob = await join(b, ["red", "blue"]);
     a.io.to("blue").emit("number", 0);
     await received(bob.client, "number");
-    a.io.to("red").emit("number", 1);
+    a.io.to([...upTo(10).map((n) => `other${n}`), "red"]).emit("number", 1);
     a.io.to("blue").emit("number", 2);
     a.io.to(["red", "blue"]).emit("number", 3);
     a.io.emit("number", 4);
@@ -1661,7 +1701,7 @@ describe("an outage", () => {
       if (forged || !content.includes('"again"')) return send();
       waiting.push(send);
       if (waiting.length > 1) return;
-      const goodbye = control(content.toString("latin1", 2, 10), `{"type":"bye","position":1}`);
+      const goodbye = control(content.toString("latin1", 2, 10), `{"type":"bye"}`);
       void publish(`${prefix}#/`, "@", goodbye).then(() => {
         forged = true;
         for (const send of waiting) send();
@@ -1673,6 +1713,107 @@ describe("an outage", () => {
     expect(b.adapter.stats.lost).toBe(0);
     nodes.forEach(errorsOf);
   });
+
+  test("of the receiver, and of the sender before it has answered, loses nothing", async () => {
+    const withheld = withholding();
+    const heartbeats = { heartbeatInterval: 200, heartbeatTimeout: 400 };
+    const { linkA, linkB, a, b, emit, until, back } = await pair({ b: withheld.pass }, heartbeats);
+    linkB.cut();
+    await emit(1, 10);
+    withheld.questions = true;
+    linkB.heal();
+    await back(b);
+    await emit(11, 11);
+    linkA.cut();
+    withheld.questions = false;
+    await Bun.sleep(2 * heartbeats.heartbeatTimeout);
+    linkA.heal();
+    await back(a);
+    await emit(12, 12);
+    expect(await until(12)).toEqual(upTo(13));
+    expect(b.adapter.stats.lost).toBe(0);
+  }, 20_000);
+
+  test("in which more arrives during an answer than the receiver holds loses nothing", async () => {
+    const waiting: (() => void)[] = [];
+    let slow = true;
+    const answer: Pass = ({ content, send }) =>
+      void (slow && content.includes('"again"') ? waiting.push(send) : send());
+    const journal = { bytes: 4 * 2 ** 20 };
+    const { linkB, a, b, emit, until } = await pair({ a: answer }, { journal });
+    const text = "x".repeat(30_000);
+    linkB.cut();
+    await emit(1, 20, 1, text);
+    linkB.heal();
+    await eventually(() => expect(waiting.length).toBeGreaterThan(0), 5_000);
+    await emit(21, 180, 1, text);
+    slow = false;
+    for (const send of waiting) send();
+    const heard = await until(180);
+    expect(heard).toEqual([...new Set(heard)].toSorted((one, other) => Number(one) - Number(other)));
+    expect(heard.length + b.adapter.stats.lost).toBe(181);
+    expect(b.adapter.stats.lost).toBeLessThan(60);
+    expect(a.adapter.stats.lost).toBe(0);
+  }, 20_000);
+
+  test("of the receiver during an answer doubles and reorders nothing", async () => {
+    const withheld = withholding();
+    const nearEnd = Promise.withResolvers<void>();
+    let losing = true;
+    const answer: Pass = ({ content, send, confirm }) => {
+      const index = Number(/"index":(\d+)/.exec(content.toString("latin1", 0, 200))?.[1] ?? -1);
+      if (!losing || index < 5_900) return send();
+      nearEnd.resolve();
+      queueMicrotask(confirm); // lost with the queue
+    };
+    const { linkB, b, emit, until, back } = await pair({ a: answer, b: withheld.pass });
+    linkB.cut();
+    await emit(1, 5);
+    withheld.questions = true;
+    linkB.heal();
+    await back(b);
+    await emit(6, 6_000);
+    withheld.questions = false;
+    await nearEnd.promise;
+    await eventually(() => expect(b.adapter.stats.replayed).toBeGreaterThan(5_800));
+    linkB.cut("consuming");
+    losing = false;
+    linkB.heal();
+    await until(6_000);
+    await emit(6_001, 6_001);
+    expect(await until(6_001)).toEqual(upTo(6_002));
+    expect(b.adapter.stats.lost).toBe(0);
+  }, 30_000);
+
+  test("after which the journal begins above what has come meanwhile takes that in order", async () => {
+    const withheld = withholding();
+    const { linkB, b, emit, until, back } = await pair({ b: withheld.pass }, { journal: { ms: 500 } });
+    linkB.cut();
+    await emit(1, 5);
+    withheld.questions = true;
+    linkB.heal();
+    await back(b);
+    for (let number = 6; number < 150; number++) await emit(number, number).then(() => Bun.sleep(8));
+    withheld.questions = false;
+    await emit(150, 150);
+    const heard = await until(150);
+    expect(heard).toEqual([0, ...upTo(151).slice(6)]);
+    expect(b.adapter.stats.lost).toBe(5);
+  }, 20_000);
+
+  test("in which ten thousand strangers speak does not make a server forget its peers", async () => {
+    const { a, bob } = await missed(20, unchanged);
+    await eventually(() => expect(numbers(bob, "a")).toContain(19), 10_000);
+    const connection = await connect(broker.url);
+    closers.push(() => connection.close());
+    const channel = await connection.createConfirmChannel();
+    for (let i = 0; i < 10_050; i++)
+      channel.publish(`${prefix}#/`, "@", control(`f${String(i).padStart(7, "0")}`, `{"type":"ping"}`));
+    await channel.waitForConfirms();
+    a.io.to("red").emit("number", "a", 20);
+    await eventually(() => expect(numbers(bob, "a")).toContain(20), 10_000);
+    expect(numbers(bob, "a")).toEqual(upTo(21));
+  }, 20_000);
 
   test("of the sender is not followed by the volatile packets that waited for its end", async () => {
     const { links, nodes, a, b, bob } = await linked();

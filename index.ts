@@ -721,35 +721,35 @@ interface Peer {
   readonly uid: string;
   /** When it was last heard (ms, monotonic). */
   seen: number;
-  /** When it last said hello, which it does with a queue. */
+  /** When it last said hello (ms, monotonic), which it does once its queue is bound. */
   greeted: number;
   /** What it has open; undefined until it has said so, and once its queue is gone. */
   namespaces?: Set<string> | undefined;
-  /** How often that had changed. */
+  /** How often that had changed, by its last hello. */
   revision: number;
   /** The latest frames taken. */
   readonly recent: Recent;
-  /** Frames up to this number have come, or are for others; NaN until it is known. */
+  /** Up to this number nothing more is expected: it has come, was for others, or counts as lost; NaN until it is known. */
   sure: number;
-  /** The position in its latest heartbeat, which counts once the next one agrees: it might be forged. */
+  /** The position in its latest heartbeat. `sure` follows once the next one is not lower, for it might be forged. */
   position: number;
   /** Set while frames may be missing, until the peer has sent them again. */
   gap?: Gap | undefined;
 }
 
-/** Number and digest of a frame that was taken: what nobody forges by chance. */
+/** Number and CRC-32 of a frame that was taken: proves to its sender that it was this frame. */
 type Taken = [number: number, digest: number];
 
 /** The latest frames taken. The oldest makes room. */
 class Recent {
-  /** By number, where it stands in the lists, which go round: a Map finds its first key the later, the more it has lost. */
+  /** Where each number stands in the rings below. Rings, for a Map finds its first key the later, the more it has lost. */
   readonly #places = new Map<number, number>();
   readonly #numbers: number[] = [];
   readonly #digests: number[] = [];
   readonly #times: number[] = [];
   #next = 0;
 
-  /** Whether it is new; `at` is when it came (ms, monotonic). */
+  /** Whether it is new; `at` is when it was taken (ms, monotonic). */
   add({ number, body }: Frame, at: number): boolean {
     const digest = Bun.hash.crc32(body);
     const known = this.#places.get(number);
@@ -769,12 +769,18 @@ class Recent {
     return this.#places.has(number);
   }
 
-  /** Whether one below this number came after that time. */
-  hasOlder(number: number, than: number): boolean {
-    return this.#numbers.some((taken, place) => taken < number && this.#times[place]! > than);
+  /** Whether most of what is remembered came after it: it is no news. */
+  isOld(number: number): boolean {
+    if (this.#numbers.length < RECENT) return false;
+    return this.#numbers.reduce((later, taken) => later + Number(taken > number), 0) > RECENT / 2;
   }
 
-  /** The last ones that came, of those below this number. */
+  /** Whether a frame with a lower number was taken after that time. */
+  tookBelow(number: number, since: number): boolean {
+    return this.#numbers.some((taken, place) => taken < number && this.#times[place]! > since);
+  }
+
+  /** The latest ones with numbers below this one. */
   evidence(below: number): Taken[] {
     const evidence: Taken[] = [];
     for (let i = 1; i <= this.#numbers.length && evidence.length < EVIDENCE; i++) {
@@ -790,7 +796,7 @@ class Recent {
 interface Gap {
   /** Of the question. */
   id: number;
-  /** The frame that is missing, and the one that says so; undefined after an outage, when any may be. */
+  /** The frame that is missing, and the one that says so; undefined if only an outage is the reason, when any may be. */
   readonly missing: number | undefined;
   readonly seen: number | undefined;
   /** How many frames of the answer have come; undefined before it has begun. */
@@ -798,11 +804,11 @@ interface Gap {
   /** The first and last number that the answer covers; from Infinity, before it has begun. */
   from: number;
   to: number;
-  /** The peer's last number, once it has said goodbye, and until it is heard again. */
-  bye: number | undefined;
   /** Frames that came in the meantime. */
-  readonly held: Frame[];
+  held: Frame[];
   heldBytes: number;
+  /** Whether they were too many to be held, so that the last ones were not. */
+  overflowed: boolean;
   /** Since when they wait without a word of the answer. */
   heldSince: number | undefined;
   askAt: number;
@@ -1098,16 +1104,15 @@ class Member {
     }
     const { gap } = peer;
     if (!gap) return this.#take(peer, frame);
+    gap.heldSince ??= this.#heard;
+    gap.overflowed ||= gap.heldBytes + frame.body.length > this.settings.journal.bytes;
+    if (gap.overflowed) return; // the peer still has it, and is asked again
     gap.held.push(frame);
     gap.heldBytes += frame.body.length;
-    gap.heldSince ??= this.#heard;
-    gap.bye = undefined;
-    if (gap.heldBytes > this.settings.journal.bytes)
-      this.#resume(peer, "sent more than the journal holds before it answered");
   }
 
   /**
-   * The first of the frames that were under way with this one which should have come to this queue, and has not. Where nodes
+   * The lowest number that this frame names as a predecessor, which should have come to this queue and has not. Where nodes
    * of a RabbitMQ cluster lose touch, one publisher's messages may come in another order, or not at all.
    */
   #missingBefore({ recent, sure }: Peer, frame: Frame): number | undefined {
@@ -1119,15 +1124,16 @@ class Member {
       if (number <= sure || recent.has(number)) continue;
       const since = this.topology.boundSince(body.readUInt32BE(offset + 4));
       if (since === undefined) continue;
-      // Only if something older was taken since the queue was bound, for what was sent before is for others.
-      if (recent.hasOlder(number, since)) missing = number; // the nearest comes first
+      // Only if something older has come since the queue was bound: else it may have been sent before that.
+      if (recent.tookBelow(number, since)) missing = number; // the nearest stands first
     }
-    return missing;
+    return missing === undefined || recent.isOld(frame.number) ? undefined : missing;
   }
 
   /** Takes a frame, unless it has come before. */
-  #take(peer: Peer, frame: Frame): void {
+  #take(peer: Peer, frame: Frame, again = false): void {
     if (!peer.recent.add(frame, this.#heard)) return void this.#counts.duplicates++;
+    if (again) this.#counts.replayed++;
     if (Number.isNaN(peer.sure)) peer.sure = frame.number;
     this.#counts.framesReceived++;
     this.#counts.packetsReceived += frame.packets;
@@ -1158,7 +1164,7 @@ class Member {
   #peer(uid: string): Peer {
     let peer = this.#peers.get(uid);
     if (!peer) {
-      if (this.#peers.size >= MAX_PEERS) this.#forgetOne();
+      if (this.#peers.size >= MAX_PEERS) this.#forgetSome();
       peer = {
         uid,
         recent: new Recent(),
@@ -1174,14 +1180,14 @@ class Member {
     return peer;
   }
 
-  /** Forgets who has been silent the longest. */
-  #forgetOne(): void {
-    let silent: Peer | undefined;
-    for (const peer of this.#peers.values())
-      if (!peer.gap?.held.length && !(silent && silent.seen <= peer.seen)) silent = peer;
-    if (!silent) return;
-    this.#peers.delete(silent.uid);
-    this.#gapped.delete(silent);
+  /** Forgets a tenth: first who never said what it has open, then who has been silent the longest. */
+  #forgetSome(): void {
+    const greeted = (peer: Peer) => Number(peer.greeted > -Infinity);
+    const ranked = [...this.#peers.values()].toSorted((a, b) => greeted(a) - greeted(b) || a.seen - b.seen);
+    for (const peer of ranked.slice(0, MAX_PEERS / 10)) {
+      this.#peers.delete(peer.uid);
+      this.#gapped.delete(peer);
+    }
   }
 
   /** Tells everyone who is here with what. One telling at a time: what changes meanwhile goes with the next. */
@@ -1248,10 +1254,7 @@ class Member {
     const control = asControl(parseJson(json, OBJECT));
     switch (control.type) {
       case "hello":
-        if (peer.gap) {
-          peer.gap.bye = undefined;
-          if (peer.gap.came === undefined) peer.gap.askAt = 0; // its queue is back
-        }
+        if (peer.gap?.came === undefined && peer.gap) peer.gap.askAt = 0; // its queue is back
         peer.namespaces = new Set(control.namespaces);
         peer.revision = control.revision;
         peer.greeted = this.#heard;
@@ -1260,19 +1263,14 @@ class Member {
         return this.#ask();
       case "beat":
         if (!peer.namespaces || peer.revision !== control.revision) void this.#tell(peer.uid, this.#hello(true));
-        if (peer.gap) {
-          peer.gap.bye = undefined;
-          return;
-        }
-        // It comes behind all of them.
+        if (peer.gap) return;
+        // It comes behind the frames that it covers. A lower one says that `sure` is forged; too low does no harm.
         if (control.position < peer.sure) peer.sure = control.position;
         else if (control.position >= peer.position) peer.sure = Math.max(peer.sure || 0, peer.position);
         peer.position = control.position;
         return;
       case "bye":
-        this.#gone(peer);
-        if (peer.gap) peer.gap.bye = control.position; // if it is true, the broker returns the next question
-        return;
+        return this.#gone(peer);
       case "ping":
         return;
       case "missing":
@@ -1288,13 +1286,18 @@ class Member {
     gap.heldSince &&= this.#heard;
     gap.askAt = performance.now() + ASK_AGAIN;
     switch (control.type) {
-      case "begin":
+      case "begin": {
+        // What the journal no longer holds may have come here meanwhile.
+        const early = this.#release(peer, gap, control.from);
+        const lost = control.lost - early.filter(({ number }) => number >= control.from - control.lost).length;
         gap.came = 0;
-        peer.sure = control.from - 1;
         gap.from = Math.min(gap.from, control.from); // an answer to the question put again goes on where the first ended
-        gap.to = Math.max(control.to, peer.sure);
-        if (control.lost > 0) this.#lost(peer, control.lost);
+        gap.to = Math.max(control.to, control.from - 1);
+        peer.sure = control.from - 1;
+        if (lost > 0) this.#lost(peer, lost);
+        for (const frame of early) this.#handled(peer, () => this.#take(peer, frame));
         return;
+      }
       case "again":
         if (gap.came !== control.index || !(attachment instanceof Buffer)) return; // asked for again
         gap.came++;
@@ -1303,6 +1306,7 @@ class Member {
         if (gap.came !== control.count) return;
         peer.sure = gap.to;
         this.#resume(peer);
+        if (gap.overflowed) this.#miss(peer);
     }
   }
 
@@ -1310,11 +1314,6 @@ class Member {
   #unreachable(uid: string): void {
     this.#replaying.delete(uid);
     const peer = this.#peers.get(uid);
-    const { bye } = peer?.gap ?? {};
-    if (peer && bye !== undefined) {
-      const whole = peer.sure >= bye || peer.recent.has(bye);
-      return this.#resume(peer, whole ? undefined : "has closed without saying what it had sent");
-    }
     if (peer?.gap) peer.gap.askAt = performance.now() + this.settings.heartbeatInterval; // or when it says hello
     if (!peer?.namespaces) return;
     // Right after an outage its queue may just not be back yet.
@@ -1396,11 +1395,11 @@ class Member {
       missing: missing ?? gap?.missing,
       seen: seen ?? gap?.seen,
       came: undefined,
-      from: Infinity,
+      from: gap?.from ?? Infinity,
       to: 0,
-      bye: gap?.bye,
       held: gap?.held ?? [],
       heldBytes: gap?.heldBytes ?? 0,
+      overflowed: gap?.overflowed ?? false,
       heldSince: gap?.heldSince,
       askAt: 0,
     };
@@ -1416,9 +1415,8 @@ class Member {
     for (const peer of peers) {
       const { gap } = peer;
       if (!gap) continue;
-      // It may be cut off itself; but what it has sent is gone when it is, or its journal has run out.
-      const silent = gap.held.length > 0 && this.#silence(peer) > heartbeatTimeout;
-      if (silent || now - (gap.heldSince ?? now) > Math.max(journal.ms, heartbeatTimeout)) {
+      // It may be cut off itself; but in the end its journal has run out.
+      if (now - (gap.heldSince ?? now) > Math.max(journal.ms, heartbeatTimeout)) {
         this.#resume(peer, "has not said what it had sent");
         continue;
       }
@@ -1460,10 +1458,8 @@ class Member {
   #takeAgain(peer: Peer, frame: Frame): void {
     if (frame.sender !== peer.uid || frame.kind === Kind.Control)
       throw new FrameError("a replay of somebody else's frame");
-    const { duplicates } = this.#counts;
     peer.sure = frame.number;
-    this.#take(peer, frame);
-    if (this.#counts.duplicates === duplicates) this.#counts.replayed++;
+    this.#take(peer, frame, true);
   }
 
   /** The gap is closed, or given up: what waited comes next. */
@@ -1474,15 +1470,30 @@ class Member {
     this.#gapped.delete(peer);
     if (failure && !Number.isNaN(peer.sure) && !this.closing)
       this.#report(new Error(`Peer ${peer.uid} ${failure}: frames after number ${peer.sure} may be lost`));
-    for (const frame of gap.held.toSorted((one, other) => one.number - other.number)) {
-      try {
-        if (frame.number >= gap.from && frame.number <= peer.sure)
-          this.#counts.duplicates++; // it has been sent again
-        else if (failure || frame.number === gap.seen) this.#take(peer, frame);
+    for (const frame of this.#release(peer, gap, Infinity))
+      this.#handled(peer, () => {
+        if (failure || frame.number === gap.seen)
+          this.#take(peer, frame); // about this one the peer was asked
         else this.#hold(peer, frame);
-      } catch (error) {
-        this.#reportUnreadable(asError(error), `peer ${peer.uid}`);
-      }
+      });
+  }
+
+  /** What waits and is numbered below this, in order, without what has been sent again. */
+  #release({ sure }: Peer, gap: Gap, below: number): Frame[] {
+    const frames = gap.held.filter(({ number }) => number < below && !(number >= gap.from && number <= sure));
+    const kept = gap.held.filter(({ number }) => number >= below);
+    this.#counts.duplicates += gap.held.length - frames.length - kept.length;
+    gap.held = kept;
+    gap.heldBytes = kept.reduce((sum, { body }) => sum + body.length, 0);
+    return frames.toSorted((one, other) => one.number - other.number);
+  }
+
+  /** A frame that cannot be read costs no other. */
+  #handled(peer: Peer, handle: () => void): void {
+    try {
+      handle();
+    } catch (error) {
+      this.#reportUnreadable(asError(error), `peer ${peer.uid}`);
     }
   }
 
@@ -1524,7 +1535,7 @@ class Link {
   #running: Promise<void> | undefined;
 
   constructor(
-    readonly name: string,
+    readonly name: "consuming" | "publishing",
     readonly prefix: string,
     readonly connect: () => AmqpConnection | Promise<AmqpConnection>,
     readonly report: (error: Error) => void,
@@ -1780,7 +1791,7 @@ class Bindings {
   }
 
   #roomsUnder(key: string): Room[] {
-    if (key.startsWith("#")) return sameKey(key.slice(1));
+    if (key.startsWith("#")) return roomsNamed(key.slice(1));
     return [...(this.owner?.rooms.keys() ?? [])].filter((room) => routingKey(room) === key);
   }
 }
@@ -2112,11 +2123,11 @@ interface Page {
 
 /** The answer to a peer's question what it has missed. */
 interface Missed {
-  /** The number of the first frame. */
+  /** The first number that the answer covers. */
   from: number;
   /** How many before it the journal no longer holds, without those that this server counts as dropped. */
   lost: number;
-  /** The number of the last frame, if it is for the peer. */
+  /** The last number that was sent. */
   to: number;
   bodies: Iterable<Buffer>;
 }
@@ -2138,7 +2149,7 @@ const IN_FLIGHT = 256 * 1024;
 /** A frame takes packets up to about this size, in bytes. */
 const FRAME_SIZE = 32 * 1024;
 /** What the header and a replay add to a packet, at most (bytes). */
-const OVERHEAD = 320;
+const OVERHEAD = 768;
 /** What a frame that is not confirmed yet costs beyond its bytes, roughly. */
 const ENTRY_OVERHEAD = 256;
 /** The bytes of a page of the journal, if no larger frame needs more. */
@@ -2193,8 +2204,8 @@ class Journal {
   }
 
   /**
-   * No longer has what came before this number; undefined if it is empty. Of what came later it lacks what was dropped
-   * unsent behind a frame that is still under way.
+   * The first number that it holds; undefined if it is empty. Of what came later it lacks what was dropped unsent behind a
+   * frame that is still under way.
    */
   get oldest(): number | undefined {
     return this.pages[0]?.first;
@@ -2290,7 +2301,7 @@ class Outbox {
   readonly #frameSize: number;
   readonly #declared = new Set<string>();
   #declaring = false;
-  /** What is under way and what waits, by number. What is not there is confirmed, or has been dropped. */
+  /** What is under way, waits, or is confirmed before one that is not, by number. The rest is confirmed, or was dropped. */
   readonly #frames = new Map<number, Entry>();
   readonly #journal: Journal;
   #draft: Draft | undefined;
@@ -2298,8 +2309,9 @@ class Outbox {
   /** The next to be sent on this connection, and the last that ever was its turn: sent, or dropped. */
   #next = 1;
   #reached = 0;
-  #unconfirmed = 0;
-  #inFlight = 0;
+  /** On this channel. */
+  #framesInFlight = 0;
+  #bytesInFlight = 0;
   /** This one and all before it are confirmed, or gone. */
   #settled = 0;
   readonly #waiters: { number: number; resolve: () => void }[] = [];
@@ -2395,7 +2407,7 @@ class Outbox {
     const number = ++this.#number;
     to.digests ??= [to.key, ...(to.options.CC ?? [])].map((key) => digestOf(to.exchange, key));
     const place = (size: number) => this.#journal.add(number, at, size, readerOf(to));
-    const body = encodeFrame(to.kind, this.uid, number, to.head, draft, this.#behind(to), place);
+    const body = encodeFrame(to.kind, this.uid, number, to.head, draft, this.#predecessorsOf(to), place);
     this.#frames.set(number, { to, number, body, packets, confirmed: false });
   }
 
@@ -2403,28 +2415,28 @@ class Outbox {
    * The frames before the next one that are not confirmed yet, for the broker may deliver these in another order: of each
    * how many numbers back it is, and its digest.
    */
-  #behind(to: Destination): number[] {
-    const behind: number[] = [];
-    if (to.volatile) return behind;
+  #predecessorsOf(to: Destination): number[] {
+    const predecessors: number[] = [];
+    if (to.volatile) return predecessors;
     const first = Math.max(this.#settled + 1, this.#number - MAX_PREDECESSORS);
     for (let number = this.#number - 1; number >= first; number--) {
       const entry = this.#frames.get(number);
       if (!entry || entry.confirmed || entry.to.volatile) continue;
       for (const digest of entry.to.digests ?? []) {
-        behind.push(this.#number - number, digest);
-        if (behind.length === 2 * MAX_PREDECESSORS) return behind;
+        predecessors.push(this.#number - number, digest);
+        if (predecessors.length === 2 * MAX_DIGESTS) return predecessors;
       }
     }
-    return behind;
+    return predecessors;
   }
 
   readonly #flush = (): void => {
     this.#scheduled = false;
     const draft = this.#draft;
     if (draft && performance.now() - draft.at > this.#journal.pageTime) this.#seal(draft);
-    while (this.#channel && !this.#blocked && !this.#closed && !this.#declaring && this.#hasRoom()) {
+    while (this.#channel && !this.#blocked && !this.#closed && !this.#declaring && this.#bytesInFlight < IN_FLIGHT) {
       if (this.#next > this.#number) {
-        if (!this.#draft || this.#unconfirmed >= WINDOW) break;
+        if (!this.#draft || this.#framesInFlight >= WINDOW) break;
         this.#seal(this.#draft);
       }
       const entry = this.#frames.get(this.#next);
@@ -2437,11 +2449,6 @@ class Outbox {
     }
     this.evict();
   };
-
-  /** Frames that are complete, and can grow no more, go on for some bytes. */
-  #hasRoom(): boolean {
-    return this.#inFlight < IN_FLIGHT;
-  }
 
   #settle(): void {
     while (this.#settled + 1 < this.#next) {
@@ -2468,17 +2475,18 @@ class Outbox {
 
   #publish(channel: ConfirmChannel, entry: Entry): void {
     const { to, number, body, packets } = entry;
-    this.#unconfirmed++;
-    this.#inFlight += body.length;
+    this.#framesInFlight++;
+    this.#bytesInFlight += body.length;
     this.#counts.framesSent++;
     this.#counts.packetsSent += packets;
     try {
       channel.publish(to.exchange, to.key, body, to.options, (error: Error | null) => {
         if (channel !== this.#channel || (error && error.message !== NACKED)) return; // the channel has closed, and says so
-        if (error) debug("frame %d: %s", number, error.message); // one queue is full or gone; its server asks for what it missed
+        // A nack: a queue is full or gone. Not again, for the others have it; its server asks for what it missed.
+        if (error) debug("frame %d: %s", number, error.message);
         entry.confirmed = true;
-        this.#unconfirmed--;
-        this.#inFlight -= body.length;
+        this.#framesInFlight--;
+        this.#bytesInFlight -= body.length;
         this.#flush();
       });
     } catch (error) {
@@ -2620,7 +2628,7 @@ class Outbox {
     this.#lose = () => {}; // on a connection that others use, up() may still be at work
     this.#declared.clear();
     this.#declaring = this.#blocked = false;
-    this.#unconfirmed = this.#inFlight = 0;
+    this.#framesInFlight = this.#bytesInFlight = 0;
     if (this.#draft?.to.volatile) this.#draft = undefined;
     for (const { number, to } of this.#frames.values()) if (to.volatile) this.#frames.delete(number); // not after the outage
     // What was under way waits again: from the first frame that the broker has not confirmed, in order.
@@ -2668,7 +2676,10 @@ class Outbox {
     });
   }
 
-  /** What a peer has missed, of what was sent: all after the last frame that it proves to have taken, or after `sure`. */
+  /**
+   * What a peer has missed, of what was sent: all after the last frame that it proves to have taken (frames that are older
+   * than the journal need no proof), or after number `sure`. If it knows of none, all that the journal holds.
+   */
   since(uid: string, taken: Taken[], sure?: number): Missed {
     this.evict();
     const oldest = this.#journal.oldest ?? this.#number + 1;
@@ -2677,7 +2688,7 @@ class Outbox {
     const proved = claims.find(isGenuine)?.[0];
     const told = sure !== undefined && sure <= this.#reached ? sure : undefined;
     const after = proved === undefined ? told : Math.max(proved, told ?? 0);
-    const to = this.#next - 1;
+    const to = this.#reached;
     const from = Math.max((after ?? 0) + 1, oldest);
     const lost = after === undefined ? 0 : from - after - 1 - this.#droppedBetween(after, from);
     return { from, lost, to, bodies: this.#journal.read(from, to, serverKey(uid)) };
@@ -2686,7 +2697,7 @@ class Outbox {
   /** Waits up to `ms` until the broker has confirmed everything, and says goodbye. */
   async close(ms: number): Promise<void> {
     const unconfirmed = await this.confirmed(ms);
-    const goodbye = this.control(ALL_SERVERS, { type: "bye", position: this.#reached });
+    const goodbye = this.control(ALL_SERVERS, { type: "bye" });
     this.#closed = true; // nothing may come behind it: the exchanges go any moment now
     await within(CLOSE_PATIENCE, goodbye);
     this.#reportDrops();
@@ -2817,13 +2828,13 @@ class Routes {
 //
 //  0       1             2         10       16            20          24        28        32
 //  ┌───────┬─────────────┬─────────┬────────┬─────────────┬───────────┬─────────┬─────────┬──────────┬────────────┬──────┬──────┬──────────┐
-//  │version│ kind        │ sender  │ number │ head length │ n packets │ n parts │ m behind│ n × part │ m × behind │ head │ text │ binaries │
+//  │version│ kind        │ sender  │ number │ head length │ n packets │ n parts │ m preds │ n × part │ m × pred   │ head │ text │ binaries │
 //  │ 1     │ u8          │ 8 ASCII │ u48    │ u32         │ u32       │ u32     │ u32     │ u32      │ u32, u32   │      │      │          │
 //  └───────┴─────────────┴─────────┴────────┴─────────────┴───────────┴─────────┴─────────┴──────────┴────────────┴──────┴──────┴──────────┘
 //
 // A part is a string or a binary of its packet: its length (UTF-16 code units or bytes), with a bit for a binary and one
-// for a packet that has more parts. All strings stand in one piece of UTF-8, so they are decoded with one call. What stands
-// behind: frames that were not confirmed yet when this one was made, each by how many numbers back and the digest of its
+// for a packet that has more parts. All strings stand in one piece of UTF-8, so they are decoded with one call. The
+// predecessors: frames that were not confirmed yet when this one was made, each by how many numbers back and the digest of its
 // exchange and key, the nearest first.
 
 enum Kind {
@@ -2857,8 +2868,9 @@ type Part = string | Uint8Array;
 
 const VERSION = 1;
 const HEADER = 32;
-/** How many predecessors a frame names at most. */
+/** How many predecessors a frame names at most, and how many digests of them. */
 const MAX_PREDECESSORS = 8;
+const MAX_DIGESTS = 64;
 const BINARY = 2 ** 31;
 const MORE_PARTS = 2 ** 30;
 
@@ -2880,13 +2892,13 @@ function encodeFrame(
   number: number,
   head: string,
   { packets, table, text, binaries }: Content,
-  behind: number[] = [],
+  predecessors: number[] = [],
   place = (size: number): Buffer => Buffer.allocUnsafe(size),
 ): Buffer {
   const headLength = Buffer.byteLength(head);
   const textLength = Buffer.byteLength(text);
   const binaryLength = binaries.reduce((sum, binary) => sum + binary.length, 0);
-  const frame = place(HEADER + (table.length + behind.length) * 4 + headLength + textLength + binaryLength);
+  const frame = place(HEADER + (table.length + predecessors.length) * 4 + headLength + textLength + binaryLength);
   frame[0] = VERSION;
   frame[1] = kind;
   frame.write(sender, 2, "latin1");
@@ -2894,10 +2906,10 @@ function encodeFrame(
   frame.writeUInt32BE(headLength, 16);
   frame.writeUInt32BE(packets, 20);
   frame.writeUInt32BE(table.length, 24);
-  frame.writeUInt32BE(behind.length / 2, 28);
+  frame.writeUInt32BE(predecessors.length / 2, 28);
   let offset = HEADER;
   for (const part of table) offset = frame.writeUInt32BE(part, offset);
-  for (const word of behind) offset = frame.writeUInt32BE(word, offset);
+  for (const word of predecessors) offset = frame.writeUInt32BE(word, offset);
   offset += frame.write(head, offset);
   offset += frame.write(text, offset);
   for (const binary of binaries) {
@@ -3013,8 +3025,8 @@ type Control =
   | { type: "hello"; namespaces: string[]; revision: number; reply: boolean; position: number | undefined }
   /** Alive; everything up to `position` has been sent. */
   | { type: "beat"; revision: number; position: number }
-  /** Closing; `position` is the last number sent. */
-  | { type: "bye"; position: number }
+  /** Closing. */
+  | { type: "bye" }
   /** Comes back if there is no queue. */
   | { type: "ping" }
   /** A peer's queue is gone; whoever knows it may look for itself. */
@@ -3026,7 +3038,8 @@ type Control =
   | { type: "again"; id: number; index: number }
   | { type: "end"; id: number; count: number };
 
-type Checks<T extends { type: string }> = Record<T["type"], (value: Record<string, unknown>) => boolean>;
+type Check = (value: Record<string, unknown>) => boolean;
+type Checks<T extends { type: string }> = Record<T["type"], Check>;
 
 const isNumber = (value: unknown): boolean => Number.isSafeInteger(value) && Number(value) >= 0;
 const isRoom = (value: unknown): boolean => typeof value === "string" || typeof value === "number";
@@ -3056,7 +3069,7 @@ const CONTROLS: Checks<Control> = {
     isNumber(revision) &&
     (position === undefined || isNumber(position)),
   beat: ({ revision, position }) => isNumber(revision) && isNumber(position),
-  bye: ({ position }) => isNumber(position),
+  bye: () => true,
   ping: () => true,
   missing: ({ uid }) => typeof uid === "string",
   ask: ({ id, sure, taken }) =>
@@ -3070,8 +3083,8 @@ const CONTROLS: Checks<Control> = {
 };
 
 function isOneOf<T extends { type: string }>(checks: Checks<T>, value: unknown): value is T {
-  const check = isRecord(value) && Object.entries(checks).find(([type]) => type === value.type)?.[1];
-  return Boolean(check) && (check as Checks<T>[T["type"]])(value as Record<string, unknown>);
+  if (!isRecord(value)) return false;
+  return Object.entries<Check>(checks).some(([type, check]) => type === value["type"] && check(value));
 }
 
 function asMessage(value: unknown): Message {
@@ -3173,10 +3186,10 @@ function routingKey(room: Room): string {
   return isShort(key) ? key : `%${hash(key)}`;
 }
 
-/** The rooms that share a room's key: Socket.IO takes numbers for rooms, and tells 1 from "1". */
-function sameKey(room: Room): Room[] {
-  const twin: unknown = typeof room === "string" ? Number(room) : String(room);
-  return String(twin) === String(room) ? [room, twin as Room] : [room];
+/** The rooms that share the key of this name: Socket.IO takes numbers for rooms, and tells 1 from "1". */
+function roomsNamed(name: string): Room[] {
+  const number: unknown = Number(name);
+  return String(number) === name ? [name, number as Room] : [name];
 }
 
 function isSocketId(room: Room): boolean {
