@@ -721,7 +721,7 @@ interface Peer {
   readonly uid: string;
   /** When it was last heard (ms, monotonic). */
   seen: number;
-  /** When it last said hello (ms, monotonic), which it does once its queue is bound. */
+  /** When it last said hello (ms, monotonic), which it does once its queue is bound; -Infinity for a stranger. */
   greeted: number;
   /** What it has open; undefined until it has said so, and once its queue is gone. */
   namespaces?: Set<string> | undefined;
@@ -1115,7 +1115,8 @@ class Member {
    * The lowest number that this frame names as a predecessor, which should have come to this queue and has not. Where nodes
    * of a RabbitMQ cluster lose touch, one publisher's messages may come in another order, or not at all.
    */
-  #missingBefore({ recent, sure }: Peer, frame: Frame): number | undefined {
+  #missingBefore({ recent, sure, greeted }: Peer, frame: Frame): number | undefined {
+    if (greeted === -Infinity) return undefined; // nobody to ask
     let missing: number | undefined;
     const { body } = frame;
     const end = headStartOf(body);
@@ -1180,10 +1181,10 @@ class Member {
     return peer;
   }
 
-  /** Forgets a tenth: first who never said what it has open, then who has been silent the longest. */
+  /** Forgets a tenth: strangers first, then who has been silent the longest. */
   #forgetSome(): void {
-    const greeted = (peer: Peer) => Number(peer.greeted > -Infinity);
-    const ranked = [...this.#peers.values()].toSorted((a, b) => greeted(a) - greeted(b) || a.seen - b.seen);
+    const isKnown = ({ greeted }: Peer) => Number(greeted > -Infinity);
+    const ranked = [...this.#peers.values()].toSorted((a, b) => isKnown(a) - isKnown(b) || a.seen - b.seen);
     for (const peer of ranked.slice(0, MAX_PEERS / 10)) {
       this.#peers.delete(peer.uid);
       this.#gapped.delete(peer);
@@ -1254,7 +1255,7 @@ class Member {
     const control = asControl(parseJson(json, OBJECT));
     switch (control.type) {
       case "hello":
-        if (peer.gap?.came === undefined && peer.gap) peer.gap.askAt = 0; // its queue is back
+        if (peer.gap && peer.gap.came === undefined) peer.gap.askAt = 0; // its queue is back
         peer.namespaces = new Set(control.namespaces);
         peer.revision = control.revision;
         peer.greeted = this.#heard;
@@ -1415,8 +1416,9 @@ class Member {
     for (const peer of peers) {
       const { gap } = peer;
       if (!gap) continue;
-      // It may be cut off itself; but in the end its journal has run out.
-      if (now - (gap.heldSince ?? now) > Math.max(journal.ms, heartbeatTimeout)) {
+      // It may be cut off itself, and its journal lasts a while; but a stranger may be nobody.
+      const patience = peer.greeted === -Infinity ? heartbeatTimeout : Math.max(journal.ms, heartbeatTimeout);
+      if (now - (gap.heldSince ?? now) > patience) {
         this.#resume(peer, "has not said what it had sent");
         continue;
       }

@@ -24,8 +24,10 @@ const PERMISSIONS = ["configure", "write", "read"] as const;
 const BEFORE = 2;
 const AFTER = 3;
 const PATIENCE = 20;
-/** What the memory of a server may grow by, in MB. */
+/** What the memory of a server may grow by, in MB, and how long it may take to go back to that, in seconds: peers are
+ * remembered for as long as their journals last, and freed memory goes back to the system by and by. */
 const GROWTH = 150;
+const FORGETTING = 90;
 
 const { values: args } = parseArgs({
   options: {
@@ -558,7 +560,7 @@ class Field {
       growth = Math.round(Math.max(...grown));
       return growth;
     };
-    await until(async () => (await grown()) < GROWTH, 30); // freed memory goes back to the system by and by
+    await until(async () => (await grown()) < GROWTH, FORGETTING);
     if (!(await until(async () => (await this.#bound()) === bound)))
       complaints.push(
         `${await this.#bound()} rooms are bound on the broker instead of ${bound}; in the servers' eyes ` +
