@@ -1333,7 +1333,17 @@ describe("a connection", () => {
     b.io.to("red").emit("hello");
     expect(await heardFrom(b.io, { cat })).toEqual({ cat: [["hello"]] });
     expect(errorsOf(c).length).toBeLessThan(20); // no hot loop
-  }, 30_000);
+    // A room's exchange that could be declared and not be bound does not stay.
+    await broker.ctl("set_permissions", user, ours, ours, "^$");
+    const refused = once(c.adapter, "error");
+    await cat.socket.join("green");
+    await refused;
+    await cat.socket.leave("green");
+    expect(await exchanges()).toContain(`${prefix}#/#green`);
+    await broker.ctl("set_permissions", user, ours, ours, ours);
+    await eventually(async () => expect(await exchanges()).not.toContain(`${prefix}#/#green`), 20_000);
+    errorsOf(c);
+  }, 60_000);
 
   test("that the broker blocks holds what is published, and joins go on", async () => {
     const { nodes, a, cat, people } = await crew();

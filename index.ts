@@ -1822,6 +1822,8 @@ interface Session {
   readonly digests: Map<number, number>;
   /** Whether there are too many rooms for exchanges of their own. */
   crowded: boolean;
+  /** Rooms' exchanges that have been declared and not bound yet. The broker deletes none that never was. */
+  readonly unbound: Set<string>;
 }
 
 const LANES = 8;
@@ -1846,6 +1848,7 @@ class Topology {
   /** The queue for which channels are being opened, on a connection that may outlive this attempt. */
   #opening: string | undefined;
   readonly #all = new Map<string, Bindings>();
+  readonly #unbound = new Set<string>();
   /** The queue that was lost with the last connection, and how many bindings it had. */
   #lost = { queue: "", bindings: 0 };
 
@@ -1870,10 +1873,13 @@ class Topology {
     const crowded = keys - this.#all.size > MAX_ROOM_EXCHANGES;
     const root = this.names.exchange("/");
     const digests = new Map(own.map((key) => [digestOf(root, key), performance.now()]));
-    const session: Session = { model, queue, lose, lanes, own, digests, crowded };
+    const session: Session = { model, queue, lose, lanes, own, digests, crowded, unbound: this.#unbound };
     this.#session = session;
     await this.#bindOwn(session);
     await this.settle();
+    const leftovers = [...this.#unbound];
+    this.#unbound.clear();
+    await deleteUnused(model, leftovers);
   }
 
   async #bindOwn(session: Session): Promise<void> {
@@ -2017,6 +2023,19 @@ async function openLane(model: AmqpConnection): Promise<Lane> {
   return { channel, queue: [], drained: undefined };
 }
 
+/** Deletes exchanges that nobody has bound. */
+async function deleteUnused(model: AmqpConnection, exchanges: string[]): Promise<void> {
+  for (const exchange of exchanges) {
+    try {
+      const { channel } = await openLane(model);
+      await channel.deleteExchange(exchange, { ifUnused: true });
+      discard(channel);
+    } catch (error) {
+      debug("delete: %s", asError(error).message); // somebody has bound it
+    }
+  }
+}
+
 /** Runs an operation, again on a new channel if an exchange vanished between two of its steps (404). */
 async function retried(session: Session, lane: Lane, operation: (channel: Channel) => Promise<unknown>): Promise<void> {
   for (let attempt = 1; ; attempt++) {
@@ -2048,8 +2067,10 @@ async function bind(session: Session, lane: Lane, bindings: Bindings, key: strin
   } else {
     const roomExchange = bindings.roomExchange(key);
     await retried(session, lane, async (channel) => {
+      session.unbound.add(roomExchange);
       await channel.assertExchange(roomExchange, "fanout", TRANSIENT);
       await channel.bindQueue(queue, roomExchange, ""); // first the queue, which keeps the exchange alive
+      session.unbound.delete(roomExchange);
       await channel.bindExchange(roomExchange, exchange, key);
     });
     viaExchange.add(key);
@@ -2710,16 +2731,9 @@ class Outbox {
   async deleteExchanges(needed: Set<string>): Promise<void> {
     const model = this.#model;
     if (!model) return;
-    for (const exchange of [...this.#declared].filter((name) => !needed.has(name))) {
-      this.#declared.delete(exchange);
-      try {
-        const { channel } = await openLane(model);
-        await channel.deleteExchange(exchange, { ifUnused: true });
-        discard(channel);
-      } catch (error) {
-        debug("delete: %s", asError(error).message); // somebody has bound it
-      }
-    }
+    const unneeded = [...this.#declared].filter((name) => !needed.has(name));
+    for (const exchange of unneeded) this.#declared.delete(exchange);
+    await deleteUnused(model, unneeded);
   }
 }
 

@@ -28,6 +28,8 @@ const PATIENCE = 20;
  * remembered for as long as their journals last, and freed memory goes back to the system by and by. */
 const GROWTH = 150;
 const FORGETTING = 90;
+/** Frames that were under way when a link was cut may have arrived, which their sender never learns: it counts them as lost. */
+const IN_DOUBT = 50;
 
 const { values: args } = parseArgs({
   options: {
@@ -238,7 +240,8 @@ function cases(long: number): Case[] {
         const frames = missed("a<b") + missed("a<c") + Math.max(missed("b<a"), missed("c<a"));
         const complaints = ordered(outcome);
         if (frames === 0) complaints.push("nothing was lost: the journal is longer than it should be");
-        if (reported !== frames) complaints.push(`${frames} frames were lost, ${reported} reported`);
+        if (reported < frames || reported > frames + IN_DOUBT)
+          complaints.push(`${frames} frames were lost, ${reported} reported`);
         return complaints;
       },
     },
@@ -552,7 +555,6 @@ class Field {
     const reports = await this.#settled(sent);
     const { lost, frames, where } = this.#shortfall(reports, sent);
     const streams = reports.flatMap((report) => Object.values(report.streams));
-    const bound = reports.reduce((sum, { rooms }) => sum + rooms, 0);
     const complaints: string[] = [];
     let growth = Infinity;
     const grown = async () => {
@@ -561,9 +563,10 @@ class Field {
       return growth;
     };
     await until(async () => (await grown()) < GROWTH, FORGETTING);
-    if (!(await until(async () => (await this.#bound()) === bound)))
+    const bound = async () => (await this.all("report")).reduce((sum, { rooms }) => sum + rooms, 0);
+    if (!(await until(async () => (await this.#bound()) === (await bound()))))
       complaints.push(
-        `${await this.#bound()} rooms are bound on the broker instead of ${bound}; in the servers' eyes ` +
+        `${await this.#bound()} rooms are bound on the broker instead of ${await bound()}; in the servers' eyes ` +
           (await this.all("report"))
             .map(({ name, rooms, stats }) => `${stats.rooms} of ${rooms} of ${name}`)
             .join(", "),
