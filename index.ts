@@ -27,7 +27,7 @@ export type AmqpConnection = ChannelModel | RecoveringChannelModel;
 /** Which frames are kept to be sent again after a cut connection or a broker restart. */
 export interface JournalOptions {
   /**
-   * How many bytes of frames are kept, sent or not. It also bounds what waits while the broker is away or blocked:
+   * How many bytes of frames are kept, sent or not, before they are packed. It also bounds what waits while the broker is away or blocked:
    * beyond it the oldest frames are dropped, counted in `stats.lost` and reported as an `error`.
    * @default 16_777_216 (16 MiB)
    */
@@ -117,14 +117,17 @@ export interface AdapterStats {
   framesReceived: number;
   packetsSent: number;
   packetsReceived: number;
-  /** Frames that peers sent again because this server had missed them. */
+  /** Frames that peers sent again, and that this server had missed or held back until then. */
   replayed: number;
   /** Frames that came a second time, after an outage, and were dropped. */
   duplicates: number;
-  /** Frames that a journal no longer held: own ones without a confirm, and missed ones of peers. */
+  /**
+   * Frames that a journal no longer held: own ones without a confirm, and missed ones of peers, if they do not count them;
+   * and own ones that the broker refused as too large.
+   */
   lost: number;
   journalBytes: number;
-  /** Frames that the broker has not confirmed yet: under way, or waiting for it. */
+  /** Frames under way or waiting, and those confirmed behind one that is. */
   unconfirmed: number;
   reconnects: { consuming: number; publishing: number };
   lastError: Error | undefined;
@@ -2130,9 +2133,8 @@ interface Entry {
 
 /** A piece of the journal: frames one behind the other, their numbers too. */
 interface Page {
-  /** Undefined once it is packed. */
-  buffer: Buffer | undefined;
-  packed: Buffer | undefined;
+  content: Buffer;
+  packed: boolean;
   /** The number of its first frame. */
   readonly first: number;
   /** Where each frame ends. */
@@ -2189,17 +2191,16 @@ const DROP_REPORT = 1_000;
 const lastOf = ({ first, ends }: Page): number => first + ends.length - 1;
 const bytesOf = ({ ends }: Page): number => ends.at(-1) ?? 0;
 
-const unpacked = ({ packed }: Page): Buffer => (packed ? Bun.zstdDecompressSync(packed) : Buffer.alloc(0));
-
 function* framesIn(pages: Page[], from: number, to: number, reader: string): Generator<Buffer> {
   for (const page of pages) {
     const { first, ends, readers } = page;
     const count = Math.min(ends.length, to - first + 1);
-    let content: Buffer | undefined;
+    let unpacked: Buffer | undefined;
     for (let i = Math.max(0, from - first); i < count; i++) {
       if ((readers[i] ?? reader) !== reader) continue;
-      const { buffer = (content ??= unpacked(page)) } = page; // it may be packed meanwhile, and the buffer used again
-      yield buffer.subarray(ends[i - 1] ?? 0, ends[i]);
+      // It may be packed meanwhile, and its buffer used again.
+      const frames = page.packed ? (unpacked ??= Bun.zstdDecompressSync(page.content)) : page.content;
+      yield frames.subarray(ends[i - 1] ?? 0, ends[i]);
     }
   }
 }
@@ -2239,10 +2240,9 @@ class Journal {
     let page = this.pages.at(-1);
     let end = page ? bytesOf(page) : 0;
     const goesOn = page && lastOf(page) === number - 1 && at - page.since <= this.pageTime;
-    let buffer = goesOn ? page?.buffer : undefined;
-    if (!page || !buffer || end + size > buffer.length) {
-      buffer = this.#buffer(size);
-      page = { buffer, packed: undefined, first: number, ends: [], readers: [], since: at, until: at };
+    if (!page || !goesOn || end + size > page.content.length) {
+      const content = this.#buffer(size);
+      page = { content, packed: false, first: number, ends: [], readers: [], since: at, until: at };
       this.pages.push(page);
       end = 0;
     }
@@ -2250,7 +2250,7 @@ class Journal {
     page.ends.push(end + size);
     page.readers.push(reader);
     page.until = at;
-    return buffer.subarray(end, end + size);
+    return page.content.subarray(end, end + size);
   }
 
   #buffer(size: number): Buffer {
@@ -2264,16 +2264,16 @@ class Journal {
     for (const page of this.pages.splice(index, 1)) this.bytes -= bytesOf(page);
   }
 
-  /** Packs the pages whose frames have all been confirmed, up to this number. */
+  /** Packs the pages whose frames have all been confirmed, up to this number; the newest page may take more. */
   pack(settled: number): void {
     for (let i = this.pages.length - 2; i >= 0; i--) {
       const page = this.pages[i]!;
-      const { buffer } = page;
-      if (!buffer) return;
+      if (page.packed) return;
       if (lastOf(page) > settled) continue;
-      page.packed = Bun.zstdCompressSync(buffer.subarray(0, bytesOf(page)), { level: 1 });
-      page.buffer = undefined;
-      if (buffer.length === this.#pageSize) this.#spare = buffer;
+      const { content } = page;
+      page.content = Bun.zstdCompressSync(content.subarray(0, bytesOf(page)), { level: 1 });
+      page.packed = true;
+      if (content.length === this.#pageSize) this.#spare = content;
     }
   }
 
@@ -2293,9 +2293,9 @@ class Journal {
   digest(number: number): number | undefined {
     const page = this.#pageOf(number);
     if (!page) return undefined;
-    const { first, ends } = page;
-    const { buffer = unpacked(page) } = page;
-    return Bun.hash.crc32(buffer.subarray(ends[number - first - 1] ?? 0, ends[number - first]));
+    const { content, packed, first, ends } = page;
+    const frames = packed ? Bun.zstdDecompressSync(content) : content;
+    return Bun.hash.crc32(frames.subarray(ends[number - first - 1] ?? 0, ends[number - first]));
   }
 
   #pageOf(number: number): Page | undefined {
@@ -2324,7 +2324,7 @@ class Outbox {
   readonly #frameSize: number;
   readonly #declared = new Set<string>();
   #declaring = false;
-  /** What is under way, waits, or is confirmed before one that is not, by number. The rest is confirmed, or was dropped. */
+  /** What is under way, waits, or is confirmed behind one that is not, by number. The rest is confirmed, or was dropped. */
   readonly #frames = new Map<number, Entry>();
   readonly #journal: Journal;
   #draft: Draft | undefined;
@@ -3092,6 +3092,7 @@ const CONTROLS: Checks<Control> = {
     isNumber(id) &&
     (sure === undefined || isNumber(sure)) &&
     Array.isArray(taken) &&
+    taken.length <= EVIDENCE && // for each a page may have to be unpacked
     taken.every((frame) => Array.isArray(frame) && frame.length === 2 && frame.every(isNumber)),
   begin: ({ id, from, lost, to }) => isNumber(id) && isNumber(from) && isNumber(lost) && isNumber(to),
   again: ({ id, index }) => isNumber(id) && isNumber(index),

@@ -371,7 +371,7 @@ const FORGERIES: ((random: Random, real: Buffer, uid: string) => Buffer | string
   // Wrong types in what is otherwise well formed.
   (random, _, uid) => {
     const type = random.pick(["hello", "beat", "bye", "ping", "ask", "begin", "again", "end", "nonsense", 7]);
-    const fields = ["namespaces", "revision", "reply", "position", "id", "last", "doubt", "deaf", "from", "lost"];
+    const fields = ["namespaces", "revision", "reply", "position", "id", "taken", "sure", "from", "lost", "to"];
     const control = Object.fromEntries(fields.map((field) => [field, random.pick([...ABSURD, 1, ["/"]])]));
     return frame(KINDS.control, uid, 0, "", JSON.stringify({ type, ...control }));
   },
