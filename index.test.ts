@@ -966,15 +966,19 @@ describe("on the broker", () => {
   });
 
   test("a room whose exchange went with another server's queue is bound again", async () => {
-    const { a, c, bob } = await crew();
+    const { a, c, ann, bob } = await crew();
     const connection = await connect(broker.url);
     await (await connection.createChannel()).deleteExchange(`${prefix}#/#red`);
     await connection.close();
     await c.io.close();
-    await eventually(async () => expect(await exchanges()).toContain(`${prefix}#/#red`), 10_000);
-    await eventually(async () => expect((await bindings()).filter(({ key }) => key === "#red")).toHaveLength(1));
+    const red = `${prefix}#/#red`;
+    await eventually(async () => {
+      const all = await bindings();
+      expect(all.filter(({ source, destination }) => destination === red && source === `${prefix}#/`)).toHaveLength(1);
+      expect(all.filter(({ source }) => source === red)).toHaveLength(2);
+    }, 10_000);
     a.io.to("red").emit("hello");
-    expect(await heardFrom(a.io, { bob })).toEqual({ bob: [["hello"]] });
+    expect(await heardFrom(a.io, { ann, bob })).toEqual({ ann: [["hello"]], bob: [["hello"]] });
   }, 20_000);
 
   test("queueArguments are the queue's", async () => {
