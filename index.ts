@@ -2165,8 +2165,10 @@ interface OutboxEvents {
   ready(): void;
 }
 
-/** How many frames may be unconfirmed before one that still grows waits, and grows on. */
-const WINDOW = 2;
+/** While a frame is unconfirmed, one that may still grow waits until this many ms after it. */
+const SPACING = 1;
+/** And while so many are, until one of them is confirmed. */
+const WINDOW = 8;
 /** amqplib's word for a message that the broker did not take. */
 const NACKED = "message nacked";
 /** How many bytes of complete frames may be unconfirmed before the next one waits. */
@@ -2306,7 +2308,8 @@ class Journal {
 
 /**
  * Puts packets into frames and frames onto the publishing connection. An idle server publishes at once; a busy one lets
- * the next frame grow until a confirm frees a place in the window.
+ * the next frame grow while others are unconfirmed, for `SPACING` at most as long as the broker keeps up. Nagle's algorithm
+ * (RFC 896), with confirms for acknowledgements.
  */
 class Outbox {
   /** Frames that left the journal before the broker had confirmed them. */
@@ -2335,6 +2338,10 @@ class Outbox {
   /** On this channel. */
   #framesInFlight = 0;
   #bytesInFlight = 0;
+  /** The latest frame (ms, monotonic). */
+  #publishedAt = 0;
+  /** Runs while a frame waits for that to be `SPACING` ago. */
+  #spacing: Timeout | undefined;
   /** This one and all before it are confirmed, or gone. */
   #settled = 0;
   readonly #waiters: { number: number; resolve: () => void }[] = [];
@@ -2459,7 +2466,7 @@ class Outbox {
     if (draft && performance.now() - draft.at > this.#journal.pageTime) this.#seal(draft);
     while (this.#channel && !this.#blocked && !this.#closed && !this.#declaring && this.#bytesInFlight < IN_FLIGHT) {
       if (this.#next > this.#number) {
-        if (!this.#draft || this.#framesInFlight >= WINDOW) break;
+        if (!this.#draft || this.#isEarly()) break;
         this.#seal(this.#draft);
       }
       const entry = this.#frames.get(this.#next);
@@ -2472,6 +2479,18 @@ class Outbox {
     }
     this.evict();
   };
+
+  /** Whether the next frame is to grow on. */
+  #isEarly(): boolean {
+    if (this.#framesInFlight === 0) return false;
+    if (this.#framesInFlight >= WINDOW) return true;
+    if (performance.now() - this.#publishedAt >= SPACING) return false;
+    this.#spacing ??= setTimeout(() => {
+      this.#spacing = undefined;
+      this.#flush();
+    }, SPACING);
+    return true;
+  }
 
   #settle(): void {
     while (this.#settled + 1 < this.#next) {
@@ -2498,6 +2517,7 @@ class Outbox {
 
   #publish(channel: ConfirmChannel, entry: Entry): void {
     const { to, number, body, packets } = entry;
+    this.#publishedAt = performance.now();
     this.#framesInFlight++;
     this.#bytesInFlight += body.length;
     this.#counts.framesSent++;
@@ -2722,6 +2742,7 @@ class Outbox {
     const unconfirmed = await this.confirmed(ms);
     const goodbye = this.control(ALL_SERVERS, { type: "bye" });
     this.#closed = true; // nothing may come behind it: the exchanges go any moment now
+    clearTimeout(this.#spacing);
     await within(CLOSE_PATIENCE, goodbye);
     this.#reportDrops();
     if (unconfirmed > 0) throw new Error(`Closed before the broker confirmed ${unconfirmed} frames`);
