@@ -1870,6 +1870,20 @@ describe("an outage", () => {
     nodes.forEach(errorsOf);
   });
 
+  test("that has the number of another frame lets neither come twice", async () => {
+    const { a, bob } = await linked();
+    const frames = await captured("#red");
+    a.io.to("red").emit("number", "a", 1);
+    await eventually(() => expect(numbers(bob, "a")).toEqual([1]));
+    await eventually(() => expect(frames).toHaveLength(1));
+    const forged = Buffer.from(frames[0]!);
+    forged[forged.lastIndexOf("1")] = "7".charCodeAt(0);
+    for (const frame of [forged, frames[0]!, forged]) await publish(`${prefix}#/`, "#red", frame);
+    a.io.to("red").emit("number", "a", 2);
+    await eventually(() => expect(numbers(bob, "a")).toContain(2));
+    expect(numbers(bob, "a")).toEqual([1, 7, 2]);
+  });
+
   test("that a forged number of the near future pretends loses nothing", async () => {
     const { a, b, bob } = await linked();
     const frames = await captured("#red");

@@ -745,7 +745,7 @@ type Taken = [number: number, digest: number];
 
 /** The latest frames taken. The oldest makes room. */
 class Recent {
-  /** Where each number stands in the rings below. Rings, for a Map finds its first key the later, the more it has lost. */
+  /** Where each number stands last in the rings. Rings, for a Map finds its first key the later, the more it has lost. */
   readonly #places = new Map<number, number>();
   readonly #numbers: number[] = [];
   readonly #digests: number[] = [];
@@ -755,8 +755,9 @@ class Recent {
   /** Whether it is new; `at` is when it was taken (ms, monotonic). */
   add({ number, body }: Frame, at: number): boolean {
     const digest = Bun.hash.crc32(body);
-    const known = this.#places.get(number);
-    if (known !== undefined && this.#digests[known] === digest) return false;
+    // Several frames may have the number, if somebody forges them.
+    const isThis = (taken: number, place: number) => taken === number && this.#digests[place] === digest;
+    if (this.#places.has(number) && this.#numbers.some(isThis)) return false;
     const place = this.#next;
     const oldest = this.#numbers[place];
     if (oldest !== undefined && this.#places.get(oldest) === place) this.#places.delete(oldest);
