@@ -1172,6 +1172,19 @@ describe("a bad message", () => {
     nodes.forEach(errorsOf);
   });
 
+  test("that names more predecessors than a frame may is reported and dropped", async () => {
+    const { nodes, people } = await crew();
+    const frame = Buffer.alloc(32 + 65 * 8);
+    frame.set([1, 1]);
+    frame.write("somebody", 2, "latin1");
+    frame.writeUInt32BE(65, 28);
+    const reported = Promise.all(nodes.map(({ adapter }) => once(adapter, "error")));
+    await publish(`${prefix}#/`, "", frame);
+    for (const [error] of await reported) expect(String(error)).toContain("malformed");
+    for (const node of nodes) expect(errorsOf(node)).toHaveLength(1);
+    expect(await heardFrom(nodes[0].io, people)).toEqual(only("", people, []));
+  });
+
   test("with nobody listening for errors is dropped as well", async () => {
     const { nodes, people } = await crew();
     for (const { adapter } of nodes) adapter.removeAllListeners("error");
@@ -1258,6 +1271,49 @@ describe("a connection", () => {
     expect(await milliseconds(() => node.io.close())).toBeLessThan(500);
     await expect(node.adapter.ready).rejects.toThrow("closed");
     errorsOf(node);
+  });
+
+  test("that others use says too late that a room is bound, to a queue that has gone: it is bound to the next", async () => {
+    const shared = await connect(broker.url);
+    const { createChannel } = shared;
+    let struck = false;
+    const lost = Promise.withResolvers<void>();
+    shared.createChannel = async (options) => {
+      const channel = await createChannel.call(shared, options);
+      const bindQueue = channel.bindQueue.bind(channel);
+      channel.bindQueue = async (queue, exchange, key) => {
+        const bound = await bindQueue(queue, exchange, key);
+        if (struck || key !== "#late") return bound;
+        struck = true;
+        await (await createChannel.call(shared)).deleteQueue(queue);
+        await eventually(() => expect(b.adapter.stats.connected).toBe(false));
+        lost.resolve();
+        return bound;
+      };
+      return channel;
+    };
+    const [a, b] = await Promise.all([start(), start({ amqpConnection: () => shared, roomExchanges: false })]);
+    await acquainted([a, b]);
+    const bob = await join(b);
+    void bob.socket.join("late");
+    await lost.promise;
+    await eventually(() => expect(b.adapter.stats).toMatchObject({ connected: true, rooms: 1 }));
+    a.io.to("late").emit("hello");
+    expect(await heardFrom(a.io, { bob })).toEqual({ bob: [["hello"]] });
+    errorsOf(b);
+  });
+
+  test("is ready though somebody's queue is full and refuses what the server says", async () => {
+    const other = await connect(broker.url);
+    closers.push(() => other.close());
+    const channel = await other.createChannel();
+    const full = { "x-max-length": 1, "x-overflow": "reject-publish" };
+    const { queue } = await channel.assertQueue("", { exclusive: true, arguments: full });
+    channel.sendToQueue(queue, Buffer.from("hello"));
+    await channel.assertExchange(`${prefix}#/`, "direct", { durable: false, autoDelete: true });
+    await channel.bindQueue(queue, `${prefix}#/`, "@");
+    const { adapter } = await start();
+    await adapter.ready;
   });
 
   const faults: Record<string, (channels: Channel[]) => Promise<unknown>> = {
@@ -1689,6 +1745,60 @@ describe("an outage", () => {
     expect(await until(199)).toEqual(upTo(200));
     expect(struck).toBe(true);
     expect(b.adapter.stats.lost).toBe(0);
+  });
+
+  test("whose replay waits in the receiver's queue is not sent again and again", async () => {
+    const waiting: (() => void)[] = [];
+    let answers = 0;
+    let questions = 0;
+    const a = ({ content, send, confirm }: Passing) => {
+      if (!/"(begin|again|end)"/.test(content.toString("latin1"))) return send();
+      if (content.includes('"begin"')) answers++;
+      waiting.push(send);
+      queueMicrotask(confirm);
+    };
+    const b = ({ content, send }: Passing) => {
+      if (content.includes('"ask"')) questions++;
+      send();
+    };
+    const { linkB, emit, until } = await pair({ a, b });
+    linkB.cut();
+    await emit(1, 99);
+    linkB.heal();
+    await eventually(() => expect(questions).toBeGreaterThan(2), 10_000);
+    for (const send of waiting) send();
+    expect(await until(99)).toEqual(upTo(100));
+    expect(answers).toBe(1);
+  });
+
+  test("of an emitter makes nobody send it packets again", async () => {
+    const link = await Proxy.open(broker.port);
+    const said: string[] = [];
+    const pass = ({ content, send }: Passing) => {
+      said.push(content.toString("latin1"));
+      send();
+    };
+    const { a, cat, people } = await crew();
+    const emitter = createEmitter({ prefix, amqpConnection: tampered(pass, link.port), onError: () => {} });
+    closers.push(async () => {
+      await emitter.close();
+      link.close();
+    });
+    await emitter.ready;
+    const uid = said[0]!.slice(2, 10);
+    said.length = 0;
+    const hello = { type: "hello", namespaces: [], revision: 1, reply: true, position: 0 };
+    await publish(`${prefix}#/`, `@${uid}`, control("somebody", JSON.stringify(hello)));
+    await eventually(() => expect(said.join()).toContain('"hello"')); // what the servers answered has come before
+    said.length = 0;
+    link.cut();
+    for (let i = 0; i < 10; i++) a.io.emit("hello");
+    await heardFrom(a.io, people);
+    link.heal();
+    await eventually(() => expect(said.join()).toContain('"hello"'), 10_000);
+    emitter.emit("hello");
+    await eventually(() => expect(cat.heard).toEqual([["hello"]]));
+    expect(said.filter((text) => text.includes('"ask"'))).toEqual([]);
   });
 
   test("whose sender closes while it replays loses nothing", async () => {

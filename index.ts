@@ -27,8 +27,9 @@ export type AmqpConnection = ChannelModel | RecoveringChannelModel;
 /** Which frames are kept to be sent again after a cut connection or a broker restart. */
 export interface JournalOptions {
   /**
-   * How many bytes of frames are kept, sent or not, before they are packed. It also bounds what waits while the broker is away or blocked:
-   * beyond it the oldest frames are dropped, counted in `stats.lost` and reported as an `error`.
+   * How many bytes of frames are kept, sent or not, before they are packed; one that is not confirmed counts 256 more. It
+   * also bounds what waits while the broker is away or blocked: beyond it the oldest frames are dropped, counted in
+   * `stats.lost` and reported as an `error`.
    * @default 16_777_216 (16 MiB)
    */
   bytes?: number;
@@ -773,7 +774,7 @@ class Recent {
     return this.#places.has(number);
   }
 
-  /** Whether most of what is remembered came after it: it is no news. */
+  /** Whether most of what is remembered has higher numbers: it is no news. */
   isOld(number: number): boolean {
     if (this.#numbers.length < RECENT) return false;
     return this.#numbers.reduce((later, taken) => later + Number(taken > number), 0) > RECENT / 2;
@@ -865,8 +866,8 @@ class Member {
   /** Those of them that have a gap. */
   readonly #gapped = new Set<Peer>();
   readonly #requests = new Map<number, Request>();
-  /** The question for which each peer is sent what it missed. */
-  readonly #replaying = new Map<string, number>();
+  /** The latest question of each peer, and when it had been answered (ms, monotonic; Infinity until then). */
+  readonly #replaying = new Map<string, { readonly id: number; endedAt: number }>();
   /** What is being sent again: a closing server finishes it. */
   readonly #replays = new Set<Promise<void>>();
   /** Senders whose version has been reported. */
@@ -1189,10 +1190,13 @@ class Member {
   #forgetSome(): void {
     const isKnown = ({ greeted }: Peer) => Number(greeted > -Infinity);
     const ranked = [...this.#peers.values()].toSorted((a, b) => isKnown(a) - isKnown(b) || a.seen - b.seen);
-    for (const peer of ranked.slice(0, MAX_PEERS / 10)) {
-      this.#peers.delete(peer.uid);
-      this.#gapped.delete(peer);
-    }
+    for (const peer of ranked.slice(0, MAX_PEERS / 10)) this.#forget(peer);
+  }
+
+  #forget(peer: Peer): void {
+    this.#peers.delete(peer.uid);
+    this.#gapped.delete(peer);
+    this.#replaying.delete(peer.uid);
   }
 
   /** Tells everyone who is here with what. One telling at a time: what changes meanwhile goes with the next. */
@@ -1242,7 +1246,7 @@ class Member {
       // Kept longer than its journal lasts, for it may come back and send again what has been seen.
       if (silence <= heartbeatTimeout + journal.ms * (1 + PAGE_SHARE)) continue;
       this.#resume(peer, "is gone without saying what it had sent");
-      this.#peers.delete(peer.uid);
+      this.#forget(peer);
     }
     const position = this.outbox.position;
     if (position !== undefined)
@@ -1394,18 +1398,19 @@ class Member {
 
   /** Something of this peer's may be missing: this frame, as another one says, or any. */
   #miss(peer: Peer, missing?: number, seen?: number): void {
-    const { gap } = peer;
+    if (this.#tenants.size === 0) return; // an emitter takes no packets
     peer.gap = {
+      missing,
+      seen,
+      from: Infinity,
+      held: [],
+      heldBytes: 0,
+      overflowed: false,
+      heldSince: undefined,
+      ...peer.gap, // what an earlier question has gathered
       id: questionId(),
-      missing: missing ?? gap?.missing,
-      seen: seen ?? gap?.seen,
       came: undefined,
-      from: gap?.from ?? Infinity,
       to: 0,
-      held: gap?.held ?? [],
-      heldBytes: gap?.heldBytes ?? 0,
-      overflowed: gap?.overflowed ?? false,
-      heldSince: gap?.heldSince,
       askAt: 0,
     };
     this.#gapped.add(peer);
@@ -1447,18 +1452,21 @@ class Member {
 
   /** Sends a peer what it has missed: straight to its queue, in order, a few frames at a time. */
   async #replay(uid: string, { id, taken, sure }: Control & { type: "ask" }): Promise<void> {
-    if (this.#replaying.get(uid) === id) return; // asked again meanwhile
-    this.#replaying.set(uid, id);
+    const latest = this.#replaying.get(uid);
+    // Asked again meanwhile; or the answer has been sent, and stands in the queue behind much else.
+    if (latest?.id === id && performance.now() - latest.endedAt < this.settings.heartbeatTimeout) return;
+    const replay = { id, endedAt: Infinity };
+    this.#replaying.set(uid, replay);
     const { bodies, ...begin } = this.outbox.since(uid, taken, sure);
     let confirmed = this.#tell(uid, { type: "begin", id, ...begin });
     let count = 0;
     for (const body of bodies) {
       confirmed = this.#tell(uid, { type: "again", id, index: count }, body);
       if (count++ % REPLAY_WINDOW === 0 && !(await confirmed)) break;
-      if (this.#replaying.get(uid) !== id) return; // it has asked anew, or is gone
+      if (this.#replaying.get(uid) !== replay) return; // it has asked anew, or is gone
     }
-    if (await confirmed) void this.#tell(uid, { type: "end", id, count });
-    if (this.#replaying.get(uid) === id) this.#replaying.delete(uid);
+    if ((await confirmed) && (await this.#tell(uid, { type: "end", id, count }))) replay.endedAt = performance.now();
+    else if (this.#replaying.get(uid) === replay) this.#replaying.delete(uid);
   }
 
   #takeAgain(peer: Peer, frame: Frame): void {
@@ -1826,6 +1834,8 @@ interface Session {
   readonly digests: Map<number, number>;
   /** Whether there are too many rooms for exchanges of their own. */
   crowded: boolean;
+  /** Whether the queue has gone: what is still answered on an old or shared connection is no news. */
+  over: boolean;
   /** Rooms' exchanges that have been declared and not bound yet. The broker deletes none that never was. */
   readonly unbound: Set<string>;
 }
@@ -1877,7 +1887,7 @@ class Topology {
     const crowded = keys - this.#all.size > MAX_ROOM_EXCHANGES;
     const root = this.names.exchange("/");
     const digests = new Map(own.map((key) => [digestOf(root, key), performance.now()]));
-    const session: Session = { model, queue, lose, lanes, own, digests, crowded, unbound: this.#unbound };
+    const session: Session = { model, queue, lose, lanes, own, digests, crowded, over: false, unbound: this.#unbound };
     this.#session = session;
     await this.#bindOwn(session);
     await this.settle();
@@ -1899,6 +1909,7 @@ class Topology {
     this.#opening = undefined;
     if (!session) return;
     this.#session = undefined;
+    session.over = true;
     this.#lost = { queue: session.queue, bindings: 0 };
     for (const lane of session.lanes) void Promise.resolve(lane.drained).then(() => discard(lane.channel));
     for (const bindings of this.#all.values()) {
@@ -2040,15 +2051,19 @@ async function deleteUnused(model: AmqpConnection, exchanges: string[]): Promise
   }
 }
 
-/** Runs an operation, again on a new channel if an exchange vanished between two of its steps (404). */
+/**
+ * Runs an operation, again on a new channel if an exchange vanished between two of its steps (404). Throws if the queue has
+ * gone meanwhile.
+ */
 async function retried(session: Session, lane: Lane, operation: (channel: Channel) => Promise<unknown>): Promise<void> {
   for (let attempt = 1; ; attempt++) {
     try {
       await operation(lane.channel);
+      if (session.over) throw new Error(`The queue ${session.queue} has gone`);
       return;
     } catch (error) {
       const { code, name } = error as BrokerError;
-      if ((code !== 404 && name !== "IllegalOperationError") || attempt === ATTEMPTS) throw error;
+      if (session.over || (code !== 404 && name !== "IllegalOperationError") || attempt === ATTEMPTS) throw error;
       lane.channel = (await openLane(session.model)).channel;
     }
   }
@@ -2178,7 +2193,7 @@ const IN_FLIGHT = 256 * 1024;
 const FRAME_SIZE = 32 * 1024;
 /** What the header and a replay add to a packet, at most (bytes). */
 const OVERHEAD = 768;
-/** What a frame that is not confirmed yet costs beyond its bytes, roughly. */
+/** What a frame that is not confirmed yet costs beyond its bytes, roughly: counted with them. */
 const ENTRY_OVERHEAD = 256;
 /** The bytes of a page of the journal, if no larger frame needs more. */
 const PAGE = 128 * 1024;
@@ -2313,7 +2328,7 @@ class Journal {
  * (RFC 896), with confirms for acknowledgements.
  */
 class Outbox {
-  /** Frames that left the journal before the broker had confirmed them. */
+  /** Frames given up before the broker had confirmed them. */
   dropped = 0;
   /** Their numbers. */
   readonly #droppedRuns: { from: number; to: number }[] = [];
@@ -2526,7 +2541,7 @@ class Outbox {
     try {
       channel.publish(to.exchange, to.key, body, to.options, (error: Error | null) => {
         if (channel !== this.#channel || (error && error.message !== NACKED)) return; // the channel has closed, and says so
-        // A nack: a queue is full or gone. Not again, for the others have it; its server asks for what it missed.
+        // A nack: a queue is full or gone. Not again, for the others have it; a server without a queue asks when it is back.
         if (error) debug("frame %d: %s", number, error.message);
         entry.confirmed = true;
         this.#framesInFlight--;
@@ -2564,7 +2579,7 @@ class Outbox {
       const tooMany = this.#bytes - underWay > bytes && last < this.#number; // the newest page may be one large frame
       if (!tooMany && page.until >= expired) break;
       if (Math.max(page.first, this.#settled + 1) <= Math.min(last, this.#next - 1)) {
-        underWay += bytesOf(page);
+        underWay += bytesOf(page) + page.ends.length * ENTRY_OVERHEAD;
         i++;
         continue;
       }
@@ -2711,8 +2726,12 @@ class Outbox {
     const body = encodeFrame(Kind.Control, this.uid, 0, "", content);
     return new Promise((resolve) => {
       try {
-        channel.publish(this.root, key, body, { mandatory: key !== ALL_SERVERS }, (error: Error | null) =>
-          resolve(!error),
+        channel.publish(
+          this.root,
+          key,
+          body,
+          { mandatory: key !== ALL_SERVERS },
+          (error: Error | null) => resolve(!error || (key === ALL_SERVERS && error.message === NACKED)), // not all queues are full
         );
       } catch {
         resolve(false); // the channel has just closed
@@ -2967,7 +2986,8 @@ function readFrame(body: Buffer): Frame {
   const headLength = body.readUInt32BE(16);
   const parts = body.readUInt32BE(24);
   const headStart = headStartOf(body);
-  if (kind < Kind.Packets || kind > Kind.Control || headStart + headLength > body.length)
+  const isPossible = kind >= Kind.Packets && kind <= Kind.Control && body.readUInt32BE(28) <= MAX_DIGESTS;
+  if (!isPossible || headStart + headLength > body.length)
     throw new FrameError(`a malformed frame (kind ${kind}, ${parts} parts in ${body.length} bytes)`);
   return {
     kind,
@@ -3123,7 +3143,8 @@ const CONTROLS: Checks<Control> = {
 
 function isOneOf<T extends { type: string }>(checks: Checks<T>, value: unknown): value is T {
   if (!isRecord(value)) return false;
-  return Object.entries<Check>(checks).some(([type, check]) => type === value["type"] && check(value));
+  const type = value["type"];
+  return typeof type === "string" && Object.hasOwn(checks, type) && checks[type as T["type"]](value);
 }
 
 function asMessage(value: unknown): Message {

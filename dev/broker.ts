@@ -80,11 +80,24 @@ interface Place {
   seed: string;
 }
 
+/** A port that was free a moment ago may be taken when the node wants it. */
+const ATTEMPTS = 3;
+
 async function startNodes(names: string[]): Promise<Broker[]> {
   const server = script("rabbitmq-server");
   if (!server && (names.length > 1 || !Bun.which("docker")))
     throw new Error("no rabbitmq-server here: run sh dev/setup");
+  for (let attempt = 1; ; attempt++) {
+    try {
+      return await tryNodes(names, server);
+    } catch (error) {
+      if (attempt === ATTEMPTS) throw error;
+      console.error(`${error}; once more, with other ports`);
+    }
+  }
+}
 
+async function tryNodes(names: string[], server: string | null): Promise<Broker[]> {
   const folder = await mkdtemp(join(tmpdir(), "socket.io-amqp0-"));
   const place: Place = { folder, server, epmd: freePort(), cookie: crypto.randomUUID(), seed: `${names[0]}@localhost` };
   // The guard reads until this process is gone, then clears up: what runs at exit or on a signal would not see a SIGKILL.
@@ -121,8 +134,8 @@ async function startNodes(names: string[]): Promise<Broker[]> {
 }
 
 /**
- * A node that is driven through the Erlang shell on its stdin: that answers in a millisecond where `rabbitmqctl` takes half a second, and
- * ends the node when this process is gone.
+ * A node that is driven through the Erlang shell on its stdin: that answers in a millisecond where `rabbitmqctl` takes half
+ * a second, and ends the node when this process is gone.
  */
 function privateNode(name: string, { folder, server, epmd, cookie, seed }: Place, closed: () => Promise<void>): Broker {
   const node = `${name}@localhost`;
