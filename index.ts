@@ -2724,15 +2724,12 @@ class Outbox {
     const table = attachment ? [json.length + MORE_PARTS, attachment.length + BINARY] : [json.length];
     const content = { packets: 1, table, text: json, binaries: attachment ? [attachment] : [] };
     const body = encodeFrame(Kind.Control, this.uid, 0, "", content);
+    const isForAll = key === ALL_SERVERS;
     return new Promise((resolve) => {
+      // A nack of what is for all: some queues were full, the others have it.
+      const confirmed = (error: Error | null) => resolve(!error || (isForAll && error.message === NACKED));
       try {
-        channel.publish(
-          this.root,
-          key,
-          body,
-          { mandatory: key !== ALL_SERVERS },
-          (error: Error | null) => resolve(!error || (key === ALL_SERVERS && error.message === NACKED)), // not all queues are full
-        );
+        channel.publish(this.root, key, body, { mandatory: !isForAll }, confirmed);
       } catch {
         resolve(false); // the channel has just closed
       }
