@@ -1,11 +1,11 @@
 /**
  * socket.io-amqp0: the Socket.IO adapter for AMQP 0-9-1 brokers (RabbitMQ and its kin), for Bun.
  *
- *   io.to("room42").emit()            each server that holds sockets of room42: one exclusive queue
- *          │                                                         ▲
- *          ▼                                                         │ bound by the first local join,
- *   exchange socket.io#/  ──"#room42"──►  exchange socket.io#/#room42 ┘ unbound by the last local leave
- *   (direct, one per namespace)           (fanout, one per room)
+ *   io.to("room42").emit()                                 each server that holds sockets of room42: one exclusive queue
+ *          │                                                                            ▲
+ *          ▼                                                                            │ bound by the first local join,
+ *   exchange socket.io ───────► exchange socket.io#keys ──"/#room42", "/", "@", …────────┘ unbound by the last local leave
+ *   (fanout, durable)           (direct, durable)
  *
  * Read from the top: what you call · the adapter (Socket.IO's side) · the emitter · the member (one server's place in
  * the cluster) · the AMQP side (connections, topology, outbox) · frames, values and names (pure functions).
@@ -45,8 +45,8 @@ interface MemberOptions {
   /**
    * Opens a connection, as `() => connect("amqp://localhost")`. It is called for two connections per Socket.IO server
    * (one consumes, one publishes, for RabbitMQ blocks publishers when it runs low on memory or disk), and again after a
-   * loss: after 100 ms doubling to 1 s, or to 10 s where the broker refuses, less up to a half. What it returns is closed by
-   * the adapter. Give it a `heartbeat` (seconds, `amqp://localhost?heartbeat=5`) to notice a dead link in twice the time.
+   * loss: after 100 ms doubling to 1 s, or to 10 s where the broker refuses, less up to a half. Each call must return a
+   * connection of its own, which the adapter closes. Give it a `heartbeat` (seconds, `amqp://localhost?heartbeat=5`) to notice a dead link in twice the time.
    */
   amqpConnection: () => AmqpConnection | Promise<AmqpConnection>;
   /**
@@ -66,14 +66,15 @@ interface MemberOptions {
 
 export interface AdapterOptions extends MemberOptions {
   /**
-   * Whether each room gets an exchange of its own, so that other AMQP clients can publish and bind to it. `false` binds
-   * the server's queue straight to the namespace's exchange: one broker operation for a first join instead of three. So
-   * does a server with more than 100 rooms, for RabbitMQ takes minutes to delete thousands of exchanges with a lost queue.
-   * Servers of both kinds work together.
-   * @default true
+   * Whether a room gets an exchange of its own, `<prefix>#<namespace>#<room>`, to which other AMQP clients can publish and
+   * bind. `undefined` means: a server's first 100 rooms, before RabbitMQ 4.2. From 4.2 on no room has one, and `true` is
+   * refused with an error: an exchange that comes and goes with its bindings destroys RabbitMQ's metadata store there.
+   * `false` means that no room has one. Servers of all kinds work together.
+   * @default undefined
    */
-  roomExchanges?: boolean;
+  roomExchanges?: boolean | undefined;
   /**
+   * How rooms travel  /**
    * How rooms travel that are named like a socket id (20 characters of `A-Z a-z 0-9 _ -`): `"shared"` sends their
    * packets to every server of the namespace, so that a connecting client costs the broker nothing; `"bound"` binds them
    * like any room. Must be the same on all servers.
@@ -164,13 +165,15 @@ export function createEmitter<Events extends EventMap<Events> = AnyEvents>(optio
   return new Emitter<Events>(new Member(rest, onError));
 }
 
-type Settings = Required<Omit<AdapterOptions, "journal">> & { journal: Required<JournalOptions> };
+type Settings = Required<Omit<AdapterOptions, "journal" | "roomExchanges">> & {
+  journal: Required<JournalOptions>;
+  roomExchanges?: boolean | undefined;
+};
 type Expectation = [expected: string, meets: (value: unknown) => boolean];
 
 const MiB = 1024 * 1024;
 const ADAPTER_DEFAULTS = {
   prefix: "socket.io",
-  roomExchanges: true,
   socketRooms: "shared" as const,
   requestsTimeout: 5_000,
   heartbeatInterval: 5_000,
@@ -297,11 +300,11 @@ const apply: (this: Adapter, opts: BroadcastOptions, callback: (socket: Socket) 
  * connection, a refused permission, a message that could not be sent or read.
  */
 export class AmqpAdapter extends Adapter implements Tenant {
+  /** @internal The routing key of what is for everyone in this namespace. */
+  readonly key: string;
   declare readonly nsp: Namespace;
   /** Resolves once connected, bound and announced; rejects if the adapter is closed before. */
   readonly ready: Promise<void>;
-  /** @internal */
-  readonly bindings: Bindings;
   /** @internal */
   readonly opened = Promise.withResolvers<void>();
   readonly #member: Member;
@@ -318,7 +321,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
     super(nsp);
     this.#member = member;
     this.#settings = settings;
-    this.bindings = member.topology.of(nsp.name);
+    this.key = namespaceKey(nsp.name);
     const bound = settings.socketRooms === "bound";
     this.#travels = (room) => bound || !isSocketId(room);
     this.#routes = new Routes(nsp.name, member.names, bound);
@@ -328,7 +331,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
   }
 
   get stats(): AdapterStats {
-    return { ...this.#member.stats, rooms: this.bindings.bound.size - Number(this.bindings.bound.has(EVERYONE)) };
+    return { ...this.#member.stats, rooms: this.#member.countBound(this.keys()) };
   }
 
   override init(): void {
@@ -347,9 +350,19 @@ export class AmqpAdapter extends Adapter implements Tenant {
 
   // Rooms: what is bound on the broker follows `this.rooms`.
 
-  /** @internal */
+  /** @internal The routing keys of its rooms. */
   keys(): Iterable<string> {
-    return this.rooms.keys().filter(this.#travels).map(routingKey);
+    return this.rooms
+      .keys()
+      .filter(this.#travels)
+      .map((room) => roomKey(this.nsp.name, room));
+  }
+
+  /** @internal The rooms whose packets travel under a key. */
+  roomsUnder(key: string): Room[] {
+    if (key.startsWith(HASHED)) return [...this.rooms.keys()].filter((room) => roomKey(this.nsp.name, room) === key);
+    if (!key.startsWith(`${this.key}#`)) return [];
+    return roomsNamed(key.slice(this.key.length + 1)).filter((room) => this.rooms.has(room));
   }
 
   /** Resolves once every later emit anywhere reaches the socket; returns at once while the broker is away. */
@@ -358,9 +371,9 @@ export class AmqpAdapter extends Adapter implements Tenant {
     return this.#follow(rooms);
   }
 
-  override del(id: SocketId, room: Room): Promise<void> | void {
+  override del(id: SocketId, room: Room): void {
     super.del(id, room);
-    return this.#follow([room]);
+    void this.#follow([room]);
   }
 
   override delAll(id: SocketId): void {
@@ -372,7 +385,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
   #follow(rooms: Iterable<Room>): Promise<void> | void {
     let pending: Promise<void>[] | undefined;
     for (const room of rooms) {
-      const done = this.#travels(room) ? this.#member.topology.follow(this.bindings, routingKey(room)) : undefined;
+      const done = this.#travels(room) ? this.#member.follow(roomKey(this.nsp.name, room)) : undefined;
       if (done) (pending ??= []).push(done);
     }
     if (pending) return Promise.all(pending).then(() => {});
@@ -712,7 +725,6 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
 /** A namespace of this server, as its member sees it. */
 interface Tenant extends RoomOwner {
   readonly nsp: { readonly name: string };
-  readonly bindings: Bindings;
   /** Settled when the namespace is bound and announced, or closed. */
   readonly opened: PromiseWithResolvers<void>;
   onPackets(head: PacketsHead, frame: Frame): void;
@@ -834,7 +846,7 @@ const ANNOUNCE_INTERVAL = 20;
 const PROBE_INTERVAL = 100;
 /** After how many ms a peer is asked again for what was missed. */
 const ASK_AGAIN = 500;
-/** How many ms after a queue has gone what was bound lately is bound again. */
+/** How many ms after a queue has gone the rooms' exchanges are bound again. */
 const RENEW_AFTER = 2_000;
 /** How many replayed frames may be unconfirmed. */
 const REPLAY_WINDOW = 64;
@@ -855,12 +867,14 @@ class Member {
   readonly uid = randomBytes(6).toString("base64url"); // 8 characters: what a frame's header has room for
   readonly names: Names;
   readonly outbox: Outbox;
-  readonly topology: Topology;
   /** Connected, bound and announced for the first time. */
   readonly opened = Promise.withResolvers<void>();
   started = false;
   closing: Promise<void> | undefined;
-  readonly #root: string;
+  /** What the queue of the present connection is bound to. */
+  #topology: Topology | undefined;
+  /** Resolves when the connection that is being opened is live or has failed. */
+  #opening: PromiseWithResolvers<void> | undefined;
   readonly #tenants = new Map<string, Tenant>();
   readonly #peers = new Map<string, Peer>();
   /** Those of them that have a gap. */
@@ -874,9 +888,6 @@ class Member {
   readonly #reportedVersions = new Set<string>();
   readonly #consuming: Link;
   readonly #publishing: Link;
-  #queueChannel: Channel | undefined;
-  /** Of the connection that the queue is on, or is being made on. */
-  #consumer: Lose | undefined;
   #ids = 0;
   /** How often the queue was made, and the set of namespaces changed. */
   #generation = 0;
@@ -907,8 +918,6 @@ class Member {
     readonly onError?: (error: Error) => void,
   ) {
     this.names = new Names(settings.prefix);
-    this.topology = new Topology(this.names, settings.roomExchanges);
-    this.#root = this.names.exchange("/");
     this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
     const report = (error: Error) => this.#report(error);
     const settled = () => {
@@ -918,15 +927,15 @@ class Member {
     };
     // Not in amqplib's turn: it would answer a user's callback that throws by closing the channel.
     const unreachable = (uid: string) => queueMicrotask(() => this.#unreachable(uid));
-    this.outbox = new Outbox(this.uid, this.#root, settings, { report, unreachable, ready: settled });
+    this.outbox = new Outbox(this.uid, this.names, settings, { report, unreachable, ready: settled });
     this.#consuming = new Link("consuming", settings.prefix, settings.amqpConnection, report, {
       up: (model, lose) => this.#consume(model, lose),
       settled,
       down: () => {
-        this.topology.down();
-        discard(this.#queueChannel);
-        this.#consumer = undefined; // on a connection that others use, #consume() may still be at work
-        this.#queueChannel = undefined; // what it still delivers would come out of order
+        this.#topology?.end();
+        this.#topology = undefined;
+        this.#opening?.resolve();
+        this.#opening = undefined;
       },
     });
     this.#publishing = new Link("publishing", settings.prefix, settings.amqpConnection, report, {
@@ -950,6 +959,7 @@ class Member {
 
   start(): void {
     this.started = true;
+    this.#opening = Promise.withResolvers<void>();
     this.#consuming.start();
     this.#publishing.start();
     this.#heartbeat = setInterval(() => this.#beat(), this.settings.heartbeatInterval);
@@ -958,10 +968,26 @@ class Member {
   /** A namespace opens. The first one starts the connections. */
   join(tenant: Tenant): void {
     if (this.closing) return tenant.opened.reject(new Error("The server has been closed"));
+    const replaced = this.#tenants.get(tenant.nsp.name);
     this.#tenants.set(tenant.nsp.name, tenant);
-    tenant.bindings.owner = tenant;
     if (!this.started) return this.start();
-    void this.topology.followAll(tenant.bindings).then(() => this.#announce());
+    for (const key of replaced?.keys() ?? []) void this.follow(key);
+    void Promise.resolve(this.follow(tenant.key)).then(() => this.#announce());
+  }
+
+  /**
+   * Binds or unbinds a routing key as the rooms want it. Resolves when a key that is wanted is live, at once while the broker
+   * is away.
+   */
+  follow(key: string): Promise<void> | undefined {
+    return this.#topology ? this.#topology.follow(key) : this.#opening?.promise;
+  }
+
+  /** How many of these keys are bound. */
+  countBound(keys: Iterable<string>): number {
+    let count = 0;
+    for (const key of keys) if (this.#topology?.bindings.bound.has(key)) count++;
+    return count;
   }
 
   /** A namespace closes. The last one closes the connections. */
@@ -976,20 +1002,8 @@ class Member {
       return;
     }
     this.#tenants.delete(name);
+    for (const key of [tenant.key, ...tenant.keys()]) void this.follow(key);
     await this.#announce();
-    // What is under way needs the exchange, which goes with the last binding.
-    if (this.outbox.connected) await this.outbox.confirmed(this.settings.requestsTimeout);
-    if (this.#tenants.has(name)) return; // it has been opened again
-    tenant.bindings.owner = undefined;
-    await this.topology.followAll(tenant.bindings);
-    await this.#deleteExchanges();
-  }
-
-  /** Deletes the exchanges that this member has declared to publish to and that nobody has open. */
-  async #deleteExchanges(): Promise<void> {
-    const open = new Set([...this.#peers.values(), this].flatMap((peer) => [...(peer.namespaces ?? [])]));
-    const needed = new Set([...open].map((nsp) => this.names.exchange(nsp)));
-    await within(CLOSE_PATIENCE, this.outbox.deleteExchanges(needed));
   }
 
   /** The namespaces that are open here. */
@@ -1010,11 +1024,8 @@ class Member {
       await within(ms, Promise.all(this.#replays)); // what a peer has missed goes with this server
       await this.outbox.close(Math.max(0, ms - (performance.now() - start)));
     } finally {
-      // One by one: what goes with the queue goes in one transaction, for which the broker's other users wait.
-      for (const { bindings } of this.#tenants.values()) bindings.owner = undefined;
-      await within(UNBIND_PATIENCE, this.topology.settle());
+      await within(UNBIND_PATIENCE, this.#topology?.close() ?? Promise.resolve());
       await this.#consuming.close();
-      await this.#deleteExchanges();
       await this.#publishing.close();
       this.opened.reject(new Error("Closed before it was ready"));
     }
@@ -1032,26 +1043,24 @@ class Member {
 
   /** Everything that the consuming connection needs, at the start and after each loss. */
   async #consume(model: AmqpConnection, lose: Lose): Promise<void> {
-    this.#consumer = lose;
-    const channel = watched(await model.createChannel(), lose);
-    if (this.#consumer !== lose) return discard(channel);
-    this.#queueChannel = channel;
+    this.#opening ??= Promise.withResolvers<void>();
     // A new name each time: after a half-open link the broker may still hold the old queue.
     const queue = this.names.queue(this.uid, ++this.#generation);
-    // Auto-delete as well: a connection that others use stays open when this server closes.
-    const options = { exclusive: true, autoDelete: true, durable: false, arguments: this.settings.queueArguments };
-    await channel.assertQueue(queue, options);
     if (!Number.isNaN(this.#heard)) {
       this.#back = Infinity;
       for (const peer of this.#peers.values()) this.#miss(peer);
     }
-    const receive = (message: ConsumeMessage | null) => {
-      if (!message) lose(new Error(`The queue ${queue} was deleted`));
-      else if (channel === this.#queueChannel) this.#receive(message);
-    };
-    await channel.consume(queue, receive, { noAck: true });
-    if (channel !== this.#queueChannel) return;
-    await this.topology.up(model, queue, lose, [ALL_SERVERS, serverKey(this.uid)]);
+    const { queueArguments, roomExchanges } = this.settings;
+    const bindings = new Bindings(this.#tenants, mayHaveRoomExchanges(model, roomExchanges) ? MAX_ROOM_EXCHANGES : 0);
+    const topology = new Topology(model, lose, this.names, queue, bindings);
+    await topology.open([ALL_SERVERS, serverKey(this.uid)], queueArguments, (message) => {
+      if (message) this.#receive(message);
+      else lose(new Error(`The queue ${queue} was deleted`));
+    });
+    this.#topology = topology;
+    topology.followAll();
+    this.#opening?.resolve();
+    this.#opening = undefined;
     this.#heard = performance.now();
     if (this.#back === undefined) return;
     this.#back = this.#heard;
@@ -1085,10 +1094,14 @@ class Member {
   #onForeign(content: Buffer, { exchange, routingKey }: ConsumeMessage["fields"], cc: unknown): void {
     const data = parseJson(content.toString(), NAMED_ARRAY);
     if (!Array.isArray(data)) throw new FrameError("application/json that is no array");
-    const keys = [routingKey, ...(Array.isArray(cc) ? cc.map(String) : [])];
+    const isRoomExchange = exchange !== this.names.main && exchange !== this.names.keys;
+    const keys = isRoomExchange
+      ? this.#topology?.bindings.viaExchange().filter((key) => this.names.roomExchange(key) === exchange)
+      : [routingKey, ...(Array.isArray(cc) ? cc.map(String) : [])];
     for (const tenant of this.#tenants.values()) {
-      const rooms = tenant.bindings.roomsOf(exchange, keys);
-      if (rooms) return tenant.onMessage({ type: "packet", opts: { rooms, except: [], flags: {} }, data }, "");
+      const rooms = keys?.includes(tenant.key) ? [] : keys?.flatMap((key) => tenant.roomsUnder(key));
+      if (keys?.includes(tenant.key) || rooms?.length)
+        tenant.onMessage({ type: "packet", opts: { rooms: rooms ?? [], except: [], flags: {} }, data }, "");
     }
   }
 
@@ -1128,7 +1141,7 @@ class Member {
     for (let offset = HEADER + body.readUInt32BE(24) * 4; offset < end; offset += 8) {
       const number = frame.number - body.readUInt32BE(offset);
       if (number <= sure || recent.has(number)) continue;
-      const since = this.topology.boundSince(body.readUInt32BE(offset + 4));
+      const since = this.#topology?.bindings.since.get(body.readUInt32BE(offset + 4));
       if (since === undefined) continue;
       // Only if something older has come since the queue was bound: else it may have been sent before that.
       if (recent.tookBelow(number, since)) missing = number; // the nearest stands first
@@ -1223,7 +1236,7 @@ class Member {
   }
 
   #bound(): Tenant[] {
-    return [...this.#tenants.values()].filter((tenant) => tenant.bindings.bound.has(EVERYONE));
+    return [...this.#tenants.values()].filter(({ key }) => this.#topology?.bindings.isLive(key));
   }
 
   #hello(reply: boolean): Control {
@@ -1338,7 +1351,7 @@ class Member {
     if (this.closing || this.#renewal) return;
     this.#renewal = setTimeout(() => {
       this.#renewal = undefined;
-      void this.topology.renew();
+      void this.#topology?.renew();
       if (this.#renewAgain) this.#renew();
     }, RENEW_AFTER);
   }
@@ -1534,8 +1547,8 @@ const BACKOFF = { first: 100, limit: 1_000, refused: 10_000 };
 /** A connection that has lasted this long (ms) starts the back-off anew. */
 const STABLE = 5_000;
 
-/** How many links use a connection: a user's function may return the same one every time. */
-const linksOn = new WeakMap<AmqpConnection, number>();
+/** Connections that a link has used: a function that returns one again is told so. */
+const used = new WeakSet<AmqpConnection>();
 
 /** Keeps one connection up until it is closed. */
 class Link {
@@ -1577,14 +1590,12 @@ class Link {
     for (let attempt = 0; !this.#closed; attempt++) {
       const { promise: lost, resolve: lose } = Promise.withResolvers<Error>();
       let model: AmqpConnection | undefined;
-      let unwatch: (() => void) | undefined;
       let error: Error;
       try {
         model = await this.#open();
-        linksOn.set(model, (linksOn.get(model) ?? 0) + 1);
         this.#lose = lose;
         if (this.#closed) lose(new Error("closed"));
-        unwatch = watch(model, lose);
+        watch(model, lose);
         const failed = await Promise.race([this.events.up(model, lose), lost]);
         if (failed) throw failed;
         this.upSince = performance.now();
@@ -1599,7 +1610,6 @@ class Link {
       this.upSince = undefined;
       this.events.down(error);
       if (model) await release(model);
-      unwatch?.();
       this.#lose = undefined;
       if (this.#closed) return;
       // Once per outage, unless there is news.
@@ -1616,7 +1626,15 @@ class Link {
       const model = await this.connect();
       if (typeof model?.createConfirmChannel !== "function" || typeof model.close !== "function")
         throw new TypeError(`amqpConnection returned ${Bun.inspect(model)}, not what amqplib's connect() returns`);
-      if (late) await releaseLate(model);
+      if (used.has(model))
+        throw new TypeError(
+          "amqpConnection returned a connection that is in use: return a new connection from each call",
+        );
+      used.add(model);
+      if (late) {
+        watch(model, (error) => debug("late: %s", error.message));
+        await release(model);
+      }
       return model;
     })();
     opening.catch(() => {}); // once it is late, nobody waits for it
@@ -1643,27 +1661,20 @@ class Link {
   }
 }
 
-/** Hears of the connection's end. Returns what stops it, for others may go on using the connection. */
-function watch(model: AmqpConnection, lose: Lose): () => void {
+/** Hears of the connection's end. The listeners stay: amqplib throws an error that nobody listens for. */
+function watch(model: AmqpConnection, lose: Lose): void {
   // Both kinds have these events, and their overloads of `on` do not unite.
   const emitter: NodeJS.EventEmitter = model;
-  const closed = (error?: Error) => lose(error ?? new Error("Connection closed"));
-  emitter.on("error", lose).on("close", closed);
+  emitter.on("error", lose).on("close", (error?: Error) => lose(error ?? new Error("Connection closed")));
   emitter.on("disconnect", lose); // amqplib's recovering connection: replaced, not waited for
   // amqplib leaves its socket out of its types. It also leaves Nagle's algorithm on, which holds a small message back for
   // up to 40 ms while another is under way, and does not look at the socket's own "close".
   const stream = (model as { connection?: { stream?: Partial<TcpSocket> } }).connection?.stream;
-  const cut = () => queueMicrotask(() => lose(new Error("Socket closed")));
   stream?.setNoDelay?.(true);
-  stream?.once?.("close", cut);
-  return () => {
-    emitter.off("close", closed).off("disconnect", lose);
-    stream?.off?.("close", cut);
-    if (linksOn.get(model)) emitter.off("error", lose); // the last one stays: amqplib throws what nobody listens for
-  };
+  stream?.once?.("close", () => queueMicrotask(() => lose(new Error("Socket closed"))));
 }
 
-/** How long a closing server unbinds its rooms, in ms, before it lets its queue go with the rest. */
+/** How long a closing server unbinds its rooms' exchanges, in ms, before it lets them go with its queue. */
 const UNBIND_PATIENCE = 5_000;
 /** How long amqpConnection may take, in ms. */
 const CONNECT_PATIENCE = 10_000;
@@ -1681,27 +1692,15 @@ async function within<T>(ms: number, promise: Promise<T>): Promise<T | undefined
   }
 }
 
-/** Closes what `amqpConnection` returned once nobody uses it. */
+/** Closes what `amqpConnection` returned. */
 async function release(model: AmqpConnection): Promise<void> {
-  const left = (linksOn.get(model) ?? 1) - 1;
-  linksOn.set(model, left);
-  if (left > 0) return;
   await within(
     CLOSE_PATIENCE,
     model.close().catch((error) => debug("close: %s", asError(error).message)),
   );
 }
 
-/** The same for a connection that came too late, unless another link has got it as well. */
-async function releaseLate(model: AmqpConnection): Promise<void> {
-  await new Promise(setImmediate);
-  if (linksOn.get(model)) return;
-  const emitter: NodeJS.EventEmitter = model;
-  emitter.on("error", (error) => debug("late: %s", asError(error).message));
-  await release(model);
-}
-
-const isRefused = (error: Error): boolean => /ACCESS.REFUSED/.test(error.message);
+const isRefused = (error: Error): boolean => error instanceof Refusal || /ACCESS.REFUSED/.test(error.message);
 
 function backoff(attempt: number, error: Error): number {
   const limit = isRefused(error) ? BACKOFF.refused : BACKOFF.limit;
@@ -1728,7 +1727,7 @@ function explain(error: BrokerError, link: string, prefix: string): Error {
   // Newer brokers name the permission; a queue needs write to be bound, and the exchange read.
   const bound = classId === 50 && methodId !== 10 ? (/to queue/.test(message) ? "write" : "read") : undefined;
   const missing = /(configure|write|read) access/.exec(message)?.[1] ?? bound ?? PERMISSIONS[`${classId},${methodId}`];
-  const pattern = `^${prefix.replace(/[^\w-]/g, "\\$&")}#`;
+  const pattern = `^${prefix.replace(/[^\w-]/g, "\\$&")}(#|$)`;
   const advice = isRefused(error) && missing ? `; grant the user ${missing} permission on ${pattern}` : "";
   return new Error(`The ${link} connection was lost: ${message}${advice}`, { cause: error });
 }
@@ -1744,374 +1743,376 @@ function watched<C extends Channel>(channel: C, lose: Lose): C {
   return channel;
 }
 
-/** Closes a channel, on a connection that others may go on using. */
+/** Closes a channel of a connection that stays. */
 function discard(channel: Channel | undefined): void {
   channel?.close().catch((error) => debug("close: %s", asError(error).message)); // it has been closed
 }
 
-// ── Topology: what is bound follows the rooms ────────────────────────────────────────────────────────────────────────
+// ── Bindings: what is bound follows the rooms ────────────────────────────────────────────────────────────────────────
 
-/** Whose rooms are bound: an adapter. */
+/** Whose rooms are bound: the adapter of a namespace. */
 interface RoomOwner {
-  readonly rooms: ReadonlyMap<Room, unknown>;
+  /** The routing key of what is for everyone in the namespace. */
+  readonly key: string;
   /** The routing keys that its rooms travel under. */
   keys(): Iterable<string>;
+  /** Its rooms that travel under this key. */
+  roomsUnder(key: string): Room[];
 }
 
-/** One namespace's bindings: those that its owner's rooms want, and those that the broker has. */
-class Bindings {
-  readonly exchange: string;
-  /** The adapter that has the namespace open. A namespace may be closed and opened again; the bindings stay these. */
-  owner: RoomOwner | undefined;
-  /** Routing keys under which the current queue gets this namespace's messages. */
-  readonly bound = new Set<string>();
-  /** Those of them that lead through a room's exchange. */
-  readonly viaExchange = new Set<string>();
-  /** Those of them that are to be bound once more. */
-  readonly stale = new Set<string>();
-  /** What is being worked on, by routing key. */
-  readonly work = new Map<string, PromiseWithResolvers<void>>();
-
-  constructor(
-    readonly nsp: string,
-    readonly names: Names,
-    readonly roomExchanges: boolean,
-  ) {
-    this.exchange = names.exchange(nsp);
-  }
-
-  wants(key: string): boolean {
-    const { owner } = this;
-    if (!owner || key === EVERYONE) return owner !== undefined;
-    return this.#roomsUnder(key).some((room) => owner.rooms.has(room));
-  }
-
-  /** All keys that are wanted or bound. */
-  keys(): Set<string> {
-    return new Set([EVERYONE, ...(this.owner?.keys() ?? []), ...this.bound]);
-  }
-
-  /** The rooms that a foreign message means; undefined if it is for nobody here. */
-  roomsOf(exchange: string, keys: string[]): Room[] | undefined {
-    if (exchange === this.exchange && keys.includes(EVERYONE)) return [];
-    const under =
-      exchange === this.exchange ? keys : [...this.viaExchange].filter((key) => this.roomExchange(key) === exchange);
-    const rooms = under.flatMap((key) => this.#roomsUnder(key));
-    return rooms.length > 0 ? rooms : undefined;
-  }
-
-  roomExchange(key: string): string {
-    return this.names.roomExchange(this.nsp, key);
-  }
-
-  #roomsUnder(key: string): Room[] {
-    if (key.startsWith("#")) return roomsNamed(key.slice(1));
-    return [...(this.owner?.rooms.keys() ?? [])].filter((room) => routingKey(room) === key);
-  }
-}
-
-interface Work {
-  readonly bindings: Bindings;
+/** Something to do on the broker. */
+interface BindingChange {
   readonly key: string;
+  readonly binds: boolean;
+  /** Whether the binding leads through an exchange of the room's own. */
+  readonly viaExchange: boolean;
 }
 
-/** A channel of its own, so that a refused operation closes no other; amqplib keeps one operation in flight on each. */
-interface Lane {
-  channel: Channel;
-  readonly queue: Work[];
-  /** Pending while the lane works. */
-  drained: Promise<void> | undefined;
-}
-
-interface Session {
-  readonly model: AmqpConnection;
-  readonly queue: string;
-  readonly lose: Lose;
-  readonly lanes: Lane[];
-  /** The keys under which the server itself is reached. */
-  readonly own: string[];
-  /** Of what the queue is bound to, and since when (ms, monotonic). */
-  readonly digests: Map<number, number>;
-  /** Whether there are too many rooms for exchanges of their own. */
-  crowded: boolean;
-  /** Whether the queue has gone: what is still answered on an old or shared connection is no news. */
-  over: boolean;
-  /** Rooms' exchanges that have been declared and not bound yet. The broker deletes none that never was. */
-  readonly unbound: Set<string>;
-}
-
-const LANES = 8;
-/** After a loss, a queue with more bindings than this is waited for until it is gone, for so many ms. */
-const MANY_BINDINGS = 500;
-const REMOVAL_PATIENCE = 10_000;
 /**
- * Up to this many rooms of a server have exchanges of their own; with more, all are bound straight to the namespace's. When
- * a queue goes, RabbitMQ deletes its auto-delete exchanges in one transaction, in a time that grows with their square, and
- * other operations wait: measured with 3.10, 250 rooms take 1 s, 500 take 5 s, 2,000 almost three minutes.
+ * Up to this many rooms of a server have exchanges of their own. When a queue goes, RabbitMQ deletes its auto-delete exchanges
+ * in one transaction, in a time that grows with their square: measured with 3.10, 250 rooms take 1 s, 2,000 take 168 s.
  */
 const MAX_ROOM_EXCHANGES = 100;
-/** What has been bound for longer than this (ms) was not bound just as a queue went that is only now missed. */
-const LONG_BOUND = 60_000;
-const RENEWED_TOGETHER = 50;
+
+/** The routing keys of one queue: those that the rooms want, those that the broker has, and what to do next. No I/O. */
+class Bindings {
+  /** Bound keys, and whether they lead through an exchange of the room's own. A key that is being unbound is none of them. */
+  readonly bound = new Map<string, boolean>();
+  /** Since when the queue gets what is published under a key (ms, monotonic), by the key's digest. */
+  readonly since = new Map<number, number>();
+  /** Whether the queue gets everything. */
+  takesAll = false;
+  /** Keys to look at, the most urgent first: namespaces, joins, leaves. */
+  readonly #queues = [new Set<string>(), new Set<string>(), new Set<string>()] as const;
+  /** Keys that are being bound (true) or unbound. */
+  readonly #busy = new Map<string, boolean>();
+  /** Joins that wait until their key is live. */
+  readonly #waiting = new Map<string, PromiseWithResolvers<void>>();
+  #exchanges = 0;
+
+  constructor(
+    /** By the name of their namespace. */
+    readonly owners: ReadonlyMap<string, RoomOwner>,
+    readonly maxExchanges: number,
+  ) {}
+
+  /** How many bindings are still to be made. */
+  get missing(): number {
+    let count = this.#queues[0].size + this.#queues[1].size;
+    for (const binds of this.#busy.values()) count += Number(binds);
+    return count;
+  }
+
+  /** Whether the queue gets what is published under this key, and what is for everyone in its namespace. */
+  isLive(key: string): boolean {
+    return this.takesAll || (this.bound.has(key) && this.bound.has(this.#ownerOf(key)?.key ?? key));
+  }
+
+  /** A key may have to be bound or unbound. The promise resolves when one that is wanted is live. */
+  look(key: string): Promise<void> | undefined {
+    const wanted = this.#wants(key);
+    if (wanted !== this.bound.has(key) && !this.#busy.has(key)) this.#enqueue(key, wanted);
+    if (!wanted || this.isLive(key)) return undefined;
+    const waiting = this.#waiting.get(key) ?? Promise.withResolvers<void>();
+    this.#waiting.set(key, waiting);
+    return waiting.promise;
+  }
+
+  lookAtAll(): void {
+    for (const owner of this.owners.values()) for (const key of [owner.key, ...owner.keys()]) void this.look(key);
+    for (const key of this.bound.keys()) void this.look(key);
+  }
+
+  /** What to do next, if anything. `done()` follows. */
+  next(): BindingChange | undefined {
+    for (const queue of this.#queues) {
+      for (const key of queue) {
+        queue.delete(key);
+        const binds = this.#wants(key);
+        if (this.#busy.has(key) || binds === this.bound.has(key)) continue;
+        const isRoom = this.#ownerOf(key)?.key !== key;
+        const viaExchange = this.bound.get(key) ?? (isRoom && this.#exchanges < this.maxExchanges);
+        if (binds) this.#exchanges += Number(viaExchange);
+        else this.bound.delete(key);
+        this.#busy.set(key, binds);
+        return { key, binds, viaExchange };
+      }
+    }
+    return undefined;
+  }
+
+  /** The same for a key that is bound, through an exchange that may have gone meanwhile. */
+  again(key: string): BindingChange | undefined {
+    if (this.#busy.has(key) || !this.bound.get(key)) return undefined;
+    this.#busy.set(key, true);
+    return { key, binds: true, viaExchange: true };
+  }
+
+  done({ key, binds, viaExchange }: BindingChange): void {
+    this.#busy.delete(key);
+    if (binds) {
+      this.bound.set(key, viaExchange);
+      this.since.set(digestOf(key), performance.now());
+    } else {
+      this.since.delete(digestOf(key));
+      this.#exchanges -= Number(viaExchange);
+    }
+    void this.look(key);
+    const isRoom = this.#ownerOf(key)?.key !== key;
+    this.resolve(isRoom ? [key] : this.#waiting.keys());
+  }
+
+  /** Lets those of the joins go on that wait for nothing more. */
+  resolve(keys: Iterable<string> = this.#waiting.keys()): void {
+    for (const key of keys) {
+      if (this.#wants(key) && !this.isLive(key)) continue;
+      this.#waiting.get(key)?.resolve();
+      this.#waiting.delete(key);
+    }
+  }
+
+  /** Bound keys that lead through an exchange of their own. */
+  viaExchange(): string[] {
+    return [...this.bound].flatMap(([key, viaExchange]) => (viaExchange ? [key] : []));
+  }
+
+  /** The queue has gone: nobody waits for it. */
+  end(): void {
+    for (const { resolve } of this.#waiting.values()) resolve();
+    this.#waiting.clear();
+    for (const queue of this.#queues) queue.clear();
+  }
+
+  #enqueue(key: string, wanted: boolean): void {
+    const [namespaces, joins, leaves] = this.#queues;
+    if (!wanted) leaves.add(key);
+    else if (this.#ownerOf(key)?.key === key) namespaces.add(key);
+    else joins.add(key);
+  }
+
+  #wants(key: string): boolean {
+    const owner = this.#ownerOf(key);
+    return owner !== undefined && (owner.key === key || owner.roomsUnder(key).length > 0);
+  }
+
+  #ownerOf(key: string): RoomOwner | undefined {
+    if (!key.startsWith(HASHED)) return this.owners.get(namespaceOf(key));
+    return this.owners.values().find((owner) => owner.key === key || owner.roomsUnder(key).length > 0);
+  }
+}
+
+/** What the broker's version forbids. */
+class Refusal extends Error {}
+
+/** From this version on, an auto-delete exchange that is unbound while somebody else binds it destroys the broker's metadata. */
+const KHEPRI_ONLY = "4.2.0";
+
+/** @throws Refusal if room exchanges are asked for where they would destroy the broker */
+function mayHaveRoomExchanges(model: AmqpConnection, wanted: boolean | undefined): boolean {
+  const version = brokerVersion(model);
+  const safe = Bun.semver.order(version, KHEPRI_ONLY) < 0;
+  if (wanted && !safe)
+    throw new Refusal(
+      `roomExchanges: true was refused: the broker's version is ${version}, and from RabbitMQ 4.2 on exchanges that come and go ` +
+        "with their bindings destroy its metadata store; leave roomExchanges out, and bind to the routing keys of rooms instead",
+    );
+  return wanted ?? safe;
+}
+
+/** amqplib leaves the properties out of the type of its recovering connection. */
+function brokerVersion(model: AmqpConnection): string {
+  const { connection } = model as { connection?: { serverProperties?: { version?: unknown } } };
+  const version = /^\d+\.\d+(\.\d+)?/.exec(String(connection?.serverProperties?.version))?.[0] ?? "0.0.0";
+  return version.split(".").length === 2 ? `${version}.0` : version;
+}
+
+/** amqplib keeps one operation in flight on each channel, so more of them bind faster. */
+const LANES = 4;
+/** With more bindings to make than this, the queue takes everything until they are made. */
+const STORM = 32;
 /** How often an operation is tried that meets an exchange which another server's last leave has just deleted. */
 const ATTEMPTS = 20;
 
-/** Binds and unbinds until what is bound is what is wanted. Joins, leaves, reconnects and closes are all this. */
+const DURABLE: Options.AssertExchange = { durable: true };
+const TRANSIENT: Options.AssertExchange = { durable: false, autoDelete: true };
+
+/** The two exchanges that stay. */
+async function declare(channel: Channel, { main, keys }: Names): Promise<void> {
+  await channel.assertExchange(main, "fanout", DURABLE);
+  await channel.assertExchange(keys, "direct", DURABLE);
+  await channel.bindExchange(keys, main, "");
+}
+
+/** One queue on one connection, and the loop that binds and unbinds until what is bound is what is wanted. */
 class Topology {
-  #session: Session | undefined;
-  /** The queue for which channels are being opened, on a connection that may outlive this attempt. */
-  #opening: string | undefined;
-  readonly #all = new Map<string, Bindings>();
-  readonly #unbound = new Set<string>();
-  /** The queue that was lost with the last connection, and how many bindings it had. */
-  #lost = { queue: "", bindings: 0 };
+  #channel: Channel | undefined;
+  /** Channels of their own, so that a refused operation closes no other: those that have nothing to do. */
+  readonly #idle: Channel[] = [];
+  /** Whether the queue is about to take everything, or to take it no longer. */
+  #switching = false;
+  #ended = false;
 
   constructor(
+    readonly model: AmqpConnection,
+    readonly lose: Lose,
     readonly names: Names,
-    readonly roomExchanges: boolean,
+    readonly queue: string,
+    readonly bindings: Bindings,
   ) {}
 
-  of(nsp: string): Bindings {
-    let bindings = this.#all.get(nsp);
-    if (!bindings) this.#all.set(nsp, (bindings = new Bindings(nsp, this.names, this.roomExchanges)));
-    return bindings;
-  }
-
-  /** Opens the channels on a new queue and binds everything that is wanted; `own` are the server's keys. */
-  async up(model: AmqpConnection, queue: string, lose: Lose, own: string[]): Promise<void> {
-    this.#opening = queue;
-    if (this.#lost.bindings > MANY_BINDINGS) await removed(model, this.#lost.queue);
+  /** Makes the queue, which takes everything from here on; `own` are the server's keys. */
+  async open(own: string[], queueArguments: object, receive: (message: ConsumeMessage | null) => void): Promise<void> {
+    const { model, lose, names, queue, bindings } = this;
     const lanes = await Promise.all(Array.from({ length: LANES }, () => openLane(model)));
-    if (this.#opening !== queue) return lanes.forEach(({ channel }) => discard(channel));
-    const keys = [...this.#all.values()].reduce((sum, bindings) => sum + bindings.keys().size, 0);
-    const crowded = keys - this.#all.size > MAX_ROOM_EXCHANGES;
-    const root = this.names.exchange("/");
-    const digests = new Map(own.map((key) => [digestOf(root, key), performance.now()]));
-    const session: Session = { model, queue, lose, lanes, own, digests, crowded, over: false, unbound: this.#unbound };
-    this.#session = session;
-    await this.#bindOwn(session);
-    await this.settle();
-    const leftovers = [...this.#unbound];
-    this.#unbound.clear();
-    await deleteUnused(model, leftovers);
+    const channel = (this.#channel = watched(await model.createChannel(), lose));
+    this.#idle.push(...lanes);
+    const exclusive = { exclusive: true, durable: false, arguments: queueArguments };
+    await Promise.all([declare(lanes[0] ?? channel, names), channel.assertQueue(queue, exclusive)]);
+    await Promise.all([
+      ...own.map((key, i) => (lanes[i] ?? channel).bindQueue(queue, names.keys, key)),
+      channel.bindQueue(queue, names.main, ""),
+    ]);
+    for (const key of own) bindings.since.set(digestOf(key), performance.now());
+    bindings.takesAll = true;
+    await channel.consume(queue, (message) => this.#ended || receive(message), { noAck: true });
   }
 
-  async #bindOwn(session: Session): Promise<void> {
-    const lane = await openLane(session.model);
-    const root = this.names.exchange("/");
-    for (const key of session.own)
-      await retried(session, lane, (channel) => bindNamespace(channel, session.queue, root, key));
-    discard(lane.channel);
+  /** The queue is given up: what it still delivers would come out of order. */
+  end(): void {
+    this.#ended = true;
+    this.bindings.end();
   }
 
-  down(): void {
-    const session = this.#session;
-    this.#opening = undefined;
-    if (!session) return;
-    this.#session = undefined;
-    session.over = true;
-    this.#lost = { queue: session.queue, bindings: 0 };
-    for (const lane of session.lanes) void Promise.resolve(lane.drained).then(() => discard(lane.channel));
-    for (const bindings of this.#all.values()) {
-      this.#lost.bindings += bindings.bound.size;
-      bindings.bound.clear();
-      bindings.viaExchange.clear();
-      bindings.stale.clear();
-      for (const { resolve } of bindings.work.values()) resolve();
-      bindings.work.clear();
+  follow(key: string): Promise<void> | undefined {
+    const live = this.bindings.look(key);
+    this.#work();
+    return live;
+  }
+
+  followAll(): void {
+    this.bindings.lookAtAll();
+    this.#work();
+  }
+
+  /** Binds the rooms' exchanges once more after a queue has gone: the broker may delete one with it just as it is bound. */
+  async renew(): Promise<void> {
+    try {
+      let lane = await openLane(this.model);
+      for (const key of this.bindings.viaExchange()) {
+        const change = this.bindings.again(key);
+        if (!change || this.#ended) continue;
+        lane = await this.#change(lane, change);
+        this.bindings.done(change);
+      }
+      await lane.close();
+      this.#work();
+    } catch (error) {
+      this.lose(asError(error));
     }
-  }
-
-  /** Since when the queue gets what is published with this digest (ms, monotonic); undefined if it does not. */
-  boundSince(digest: number): number | undefined {
-    return this.#session?.digests.get(digest);
   }
 
   /**
-   * Binds again what was bound when a queue that has gone was going: RabbitMQ may delete an exchange just as it is bound. In
-   * portions, for joins wait in the same lanes.
+   * Unbinds the rooms' exchanges one by one before the queue goes: what goes with it goes in one transaction, for which the
+   * broker's other users wait.
    */
-  async renew(): Promise<void> {
-    const session = this.#session;
-    if (!session) return;
-    const recently = performance.now() - LONG_BOUND;
-    const isRecent = (exchange: string, key: string) => Number(session.digests.get(digestOf(exchange, key))) > recently;
-    if (session.own.some((key) => isRecent(this.names.exchange("/"), key)))
-      this.#bindOwn(session).catch((error) => this.#session === session && session.lose(asError(error)));
-    const all = [...this.#all.values()].flatMap((bindings) => [...bindings.bound].map((key) => ({ bindings, key })));
-    let renewed = 0;
-    for (const { bindings, key } of all) {
-      if (this.#session !== session) return;
-      if (!bindings.bound.has(key) || !isRecent(bindings.exchange, key)) continue;
-      bindings.stale.add(key);
-      const done = this.follow(bindings, key);
-      if (++renewed % RENEWED_TOGETHER === 0) await done;
+  async close(): Promise<void> {
+    this.bindings.end();
+    while (this.#idle.length < LANES && !this.#ended) await Bun.sleep(5); // what is just being done
+    const keys = this.bindings.viaExchange();
+    await Promise.all(
+      this.#idle.map(async (lane, i) => {
+        for (const [n, key] of keys.entries())
+          if (n % LANES === i) lane = await this.#change(lane, { key, binds: false, viaExchange: true });
+      }),
+    );
+  }
+
+  #work(): void {
+    this.#switch();
+    while (this.#idle.length > 0 && !this.#ended) {
+      const change = this.bindings.next();
+      const lane = change && this.#idle.pop();
+      if (!lane) return;
+      void this.#changeAll(lane, change);
     }
   }
 
-  /** Makes everything what is wanted of it. */
-  async settle(): Promise<void> {
-    await Promise.all([...this.#all.values()].map((bindings) => this.followAll(bindings)));
-  }
-
-  /** Makes all bindings of a namespace what is wanted of them. */
-  async followAll(bindings: Bindings): Promise<void> {
-    await this.follow(bindings, EVERYONE);
-    await Promise.all([...bindings.keys()].map((key) => this.follow(bindings, key)));
-    await Promise.all([...bindings.work.values()].map(({ promise }) => promise));
-    const { nsp, owner, bound } = bindings;
-    if (!owner && bound.size === 0 && this.#all.get(nsp) === bindings) this.#all.delete(nsp);
-  }
-
-  /** Makes one binding what is wanted of it. Returns undefined if it is that already, or while the broker is away. */
-  follow(bindings: Bindings, key: string): Promise<void> | undefined {
-    const session = this.#session;
-    if (!session) return undefined;
-    const pending = bindings.work.get(key);
-    if (pending) return pending.promise;
-    if (isAsWanted(session, bindings, key)) return undefined;
-    const done = Promise.withResolvers<void>();
-    bindings.work.set(key, done);
-    // The namespaces have a lane of their own, for the rooms wait for them; each room is always on the same one.
-    const lane = session.lanes[key === EVERYONE ? 0 : 1 + (Bun.hash.crc32(key) % (LANES - 1))]!;
-    lane.queue.push({ bindings, key });
-    lane.drained ??= this.#drain(session, lane);
-    return done.promise;
-  }
-
-  async #drain(session: Session, lane: Lane): Promise<void> {
-    await null; // so that `drained` is set before it is unset
+  async #changeAll(lane: Channel, first: BindingChange): Promise<void> {
     try {
-      for (let work = lane.queue.shift(); work && this.#session === session; work = lane.queue.shift()) {
-        const { bindings, key } = work;
-        while (!isAsWanted(session, bindings, key)) {
-          if (bindings.wants(key)) await this.#bind(session, lane, bindings, key);
-          else await unbind(session, lane, bindings, key);
-          if (this.#session !== session) return;
-        }
-        bindings.work.get(key)?.resolve();
-        bindings.work.delete(key);
-        if (!session.crowded && bindings.viaExchange.has(key)) this.#crowd(session);
+      for (let change: BindingChange | undefined = first; change && !this.#ended; change = this.bindings.next()) {
+        lane = await this.#change(lane, change);
+        this.bindings.done(change);
       }
+      this.#idle.push(lane);
+      this.#work();
     } catch (error) {
-      if (this.#session === session) session.lose(asError(error));
-    } finally {
-      lane.drained = undefined;
+      this.lose(asError(error));
     }
   }
 
-  async #bind(session: Session, lane: Lane, bindings: Bindings, key: string): Promise<void> {
-    if (key !== EVERYONE) await bindings.work.get(EVERYONE)?.promise; // its exchange comes first
-    if (this.#session === session) await bind(session, lane, bindings, key);
+  /** Lets the queue take everything while there is much to bind, for then joins need not wait. */
+  #switch(): void {
+    const { bindings, queue } = this;
+    const takesAll = bindings.missing > (bindings.takesAll ? 0 : STORM);
+    if (takesAll === bindings.takesAll || this.#switching || this.#ended) return;
+    this.#switching = true;
+    const channel = this.#channel;
+    if (!takesAll) bindings.takesAll = false;
+    const switched = takesAll
+      ? channel?.bindQueue(queue, this.names.main, "")
+      : channel?.unbindQueue(queue, this.names.main, "");
+    switched?.then(() => {
+      this.#switching = false;
+      bindings.takesAll = takesAll;
+      bindings.resolve();
+      this.#switch();
+    }, this.lose);
   }
 
-  /** Gives up the rooms' exchanges once there are too many of them. */
-  #crowd(session: Session): void {
-    const all = [...this.#all.values()];
-    if (all.reduce((sum, { viaExchange }) => sum + viaExchange.size, 0) <= MAX_ROOM_EXCHANGES) return;
-    session.crowded = true;
-    for (const bindings of all) for (const key of bindings.viaExchange) void this.follow(bindings, key);
+  /** Returns the channel to go on with: where an exchange has vanished between two steps (404), a new one, after trying again. */
+  async #change(lane: Channel, change: BindingChange): Promise<Channel> {
+    for (let attempt = 1; ; attempt++) {
+      try {
+        await this.#tryChange(lane, change);
+        return lane;
+      } catch (error) {
+        const { code, name } = error as BrokerError;
+        const isGone = code === 404 || name === "IllegalOperationError";
+        if (!change.viaExchange || this.#ended || !isGone || attempt === ATTEMPTS) {
+          if (change.viaExchange && change.binds) await this.#deleteUnused(this.names.roomExchange(change.key));
+          throw error;
+        }
+        lane = await openLane(this.model);
+      }
+    }
+  }
+
+  async #tryChange(lane: Channel, { key, binds, viaExchange }: BindingChange): Promise<void> {
+    const { queue, names } = this;
+    const exchange = viaExchange ? names.roomExchange(key) : names.keys;
+    const pattern = viaExchange ? "" : key; // a fanout exchange needs none
+    if (!binds) return void (await lane.unbindQueue(queue, exchange, pattern)); // the last one deletes the room's exchange
+    if (viaExchange) await lane.assertExchange(exchange, "fanout", TRANSIENT);
+    await lane.bindQueue(queue, exchange, pattern); // first the queue, which keeps the exchange alive
+    if (viaExchange) await lane.bindExchange(exchange, names.keys, key);
+  }
+
+  /** The broker deletes no auto-delete exchange that was never bound. */
+  async #deleteUnused(exchange: string): Promise<void> {
+    try {
+      const lane = await openLane(this.model);
+      await lane.deleteExchange(exchange, { ifUnused: true });
+      await lane.close();
+    } catch (error) {
+      debug("delete: %s", asError(error).message); // somebody has bound it, or the connection is gone
+    }
   }
 }
 
-function isAsWanted(session: Session, bindings: Bindings, key: string): boolean {
-  if (session.crowded && bindings.viaExchange.has(key)) return false;
-  const wanted = bindings.wants(key);
-  return wanted === bindings.bound.has(key) && !(wanted && bindings.stale.has(key));
-}
-
-/** Waits, within bounds, until the broker has removed a queue: new bindings made meanwhile make it begin again and again. */
-async function removed(model: AmqpConnection, queue: string): Promise<void> {
-  const until = performance.now() + REMOVAL_PATIENCE;
-  for (let gone = false; !gone && performance.now() < until;) {
-    const { channel } = await openLane(model);
-    // Somebody else's exclusive queue is 405, and none at all 404; either closes the channel.
-    await channel.checkQueue(queue).catch((error: BrokerError) => (gone = error.code === 404));
-    discard(channel);
-    if (!gone) await Bun.sleep(50);
-  }
-}
-
-async function openLane(model: AmqpConnection): Promise<Lane> {
+async function openLane(model: AmqpConnection): Promise<Channel> {
   const channel = await model.createChannel();
   channel.on("error", (error) => debug("topology: %s", error.message)); // reported by the operation that fails
-  return { channel, queue: [], drained: undefined };
-}
-
-/** Deletes exchanges that nobody has bound. */
-async function deleteUnused(model: AmqpConnection, exchanges: string[]): Promise<void> {
-  for (const exchange of exchanges) {
-    try {
-      const { channel } = await openLane(model);
-      await channel.deleteExchange(exchange, { ifUnused: true });
-      discard(channel);
-    } catch (error) {
-      debug("delete: %s", asError(error).message); // somebody has bound it
-    }
-  }
-}
-
-/**
- * Runs an operation, again on a new channel if an exchange vanished between two of its steps (404). Throws if the queue has
- * gone meanwhile.
- */
-async function retried(session: Session, lane: Lane, operation: (channel: Channel) => Promise<unknown>): Promise<void> {
-  for (let attempt = 1; ; attempt++) {
-    try {
-      await operation(lane.channel);
-      if (session.over) throw new Error(`The queue ${session.queue} has gone`);
-      return;
-    } catch (error) {
-      const { code, name } = error as BrokerError;
-      if (session.over || (code !== 404 && name !== "IllegalOperationError") || attempt === ATTEMPTS) throw error;
-      lane.channel = (await openLane(session.model)).channel;
-    }
-  }
-}
-
-const TRANSIENT: Options.AssertExchange = { durable: false, autoDelete: true };
-
-async function bindNamespace(channel: Channel, queue: string, exchange: string, key: string): Promise<void> {
-  await channel.assertExchange(exchange, "direct", TRANSIENT);
-  await channel.bindQueue(queue, exchange, key);
-}
-
-async function bind(session: Session, lane: Lane, bindings: Bindings, key: string): Promise<void> {
-  const { queue } = session;
-  const { exchange, bound, viaExchange } = bindings;
-  if (key === EVERYONE) await retried(session, lane, (channel) => bindNamespace(channel, queue, exchange, key));
-  else if (session.crowded || !bindings.roomExchanges) {
-    await retried(session, lane, (channel) => channel.bindQueue(queue, exchange, key));
-    if (viaExchange.has(key)) await unbindRoom(session, lane, bindings, key); // the queue gets one copy, whatever the ways
-  } else {
-    const roomExchange = bindings.roomExchange(key);
-    await retried(session, lane, async (channel) => {
-      session.unbound.add(roomExchange);
-      await channel.assertExchange(roomExchange, "fanout", TRANSIENT);
-      await channel.bindQueue(queue, roomExchange, ""); // first the queue, which keeps the exchange alive
-      session.unbound.delete(roomExchange);
-      await channel.bindExchange(roomExchange, exchange, key);
-    });
-    viaExchange.add(key);
-  }
-  bound.add(key);
-  bindings.stale.delete(key);
-  const digest = digestOf(exchange, key);
-  if (!session.digests.has(digest)) session.digests.set(digest, performance.now());
-}
-
-async function unbind(session: Session, lane: Lane, bindings: Bindings, key: string): Promise<void> {
-  if (bindings.viaExchange.has(key)) await unbindRoom(session, lane, bindings, key);
-  else await retried(session, lane, (channel) => channel.unbindQueue(session.queue, bindings.exchange, key));
-  bindings.bound.delete(key);
-  bindings.stale.delete(key);
-  session.digests.delete(digestOf(bindings.exchange, key));
-}
-
-/** The last one to unbind deletes the exchange. */
-async function unbindRoom(session: Session, lane: Lane, bindings: Bindings, key: string): Promise<void> {
-  await retried(session, lane, (channel) => channel.unbindQueue(session.queue, bindings.roomExchange(key), ""));
-  bindings.viaExchange.delete(key);
+  return channel;
 }
 
 // ── Outbox: frames on their way to the broker, and the journal of those that were sent ───────────────────────────────
@@ -2333,16 +2334,11 @@ class Outbox {
   /** Their numbers. */
   readonly #droppedRuns: { from: number; to: number }[] = [];
   #channel: ConfirmChannel | undefined;
-  #model: AmqpConnection | undefined;
   #lose: Lose = () => {};
-  /** Takes this connection's listeners away. */
-  #unwatch: () => void = () => {};
   #blocked = false;
   #closed = false;
   /** So far below `maxPayload` that neither multi-byte text nor the header reaches it. */
   readonly #frameSize: number;
-  readonly #declared = new Set<string>();
-  #declaring = false;
   /** What is under way, waits, or is confirmed behind one that is not, by number. The rest is confirmed, or was dropped. */
   readonly #frames = new Map<number, Entry>();
   readonly #journal: Journal;
@@ -2368,8 +2364,7 @@ class Outbox {
 
   constructor(
     readonly uid: string,
-    /** The exchange that reaches servers as such. */
-    readonly root: string,
+    readonly names: Names,
     readonly settings: Pick<Settings, "maxPayload" | "journal">,
     readonly events: OutboxEvents,
   ) {
@@ -2451,7 +2446,7 @@ class Outbox {
     this.#draft = undefined;
     const { to, at, packets } = draft;
     const number = ++this.#number;
-    to.digests ??= [to.key, ...(to.options.CC ?? [])].map((key) => digestOf(to.exchange, key));
+    to.digests ??= [to.key, ...(to.options.CC ?? [])].map(digestOf);
     const place = (size: number) => this.#journal.add(number, at, size, readerOf(to));
     const body = encodeFrame(to.kind, this.uid, number, to.head, draft, this.#predecessorsOf(to), place);
     this.#frames.set(number, { to, number, body, packets, confirmed: false });
@@ -2480,16 +2475,12 @@ class Outbox {
     this.#scheduled = false;
     const draft = this.#draft;
     if (draft && performance.now() - draft.at > this.#journal.pageTime) this.#seal(draft);
-    while (this.#channel && !this.#blocked && !this.#closed && !this.#declaring && this.#bytesInFlight < IN_FLIGHT) {
+    while (this.#channel && !this.#blocked && !this.#closed && this.#bytesInFlight < IN_FLIGHT) {
       if (this.#next > this.#number) {
         if (!this.#draft || this.#isEarly()) break;
         this.#seal(this.#draft);
       }
       const entry = this.#frames.get(this.#next);
-      if (entry && !this.#declared.has(entry.to.exchange)) {
-        void this.#declare(entry.to.exchange);
-        break;
-      }
       this.#advance();
       if (entry && !entry.confirmed) this.#publish(this.#channel, entry);
     }
@@ -2551,20 +2542,6 @@ class Outbox {
     } catch (error) {
       this.#lose(asError(error)); // the channel has just closed
     }
-  }
-
-  async #declare(exchange: string): Promise<void> {
-    this.#declaring = true;
-    const channel = this.#channel;
-    try {
-      this.#declared.add(exchange);
-      await channel?.assertExchange(exchange, "direct", TRANSIENT);
-    } catch {
-      return; // closes the channel, which reports it
-    } finally {
-      if (channel === this.#channel) this.#declaring = false;
-    }
-    this.#flush();
   }
 
   /** Drops the pages that there is no room or time for: also those of frames that wait, but not of any that is under way. */
@@ -2640,53 +2617,32 @@ class Outbox {
 
   async up(model: AmqpConnection, lose: Lose): Promise<void> {
     this.#lose = lose;
-    const channel = await model.createConfirmChannel();
-    channel.on("error", (error: BrokerError) => {
-      // An exchange that was declared has gone with its last binding: once more, on a new channel.
-      // In a turn of its own, for amqplib is not through with this one.
-      if (error.code !== 404 || this.#closed || channel !== this.#channel) return lose(error);
-      queueMicrotask(() => this.#again(model, lose, error));
-    });
-    channel.on("close", () => setImmediate(() => channel === this.#channel && lose(new Error("Channel closed"))));
+    const channel = watched(await model.createConfirmChannel(), lose);
     channel.on("return", ({ fields }) => this.events.unreachable(fields.routingKey.slice(ALL_SERVERS.length)));
-    if (this.#lose !== lose) return discard(channel);
     const emitter: NodeJS.EventEmitter = model;
-    const blocked = (reason: string) => {
+    emitter.on("blocked", (reason: string) => {
       this.#blocked = true;
       this.events.report(new Error(`The broker blocks publishing: ${reason}`));
-    };
-    const unblocked = () => {
+    });
+    emitter.on("unblocked", () => {
       this.#blocked = false;
       this.#flush();
       this.events.ready();
-    };
-    emitter.on("blocked", blocked).on("unblocked", unblocked);
-    this.#unwatch = () => emitter.off("blocked", blocked).off("unblocked", unblocked);
-    this.#model = model;
-    this.#declared.add(this.root);
-    await channel.assertExchange(this.root, "direct", TRANSIENT);
-    if (this.#lose !== lose) return discard(channel);
+    });
+    await declare(channel, this.names);
+    if (this.#lose !== lose) return;
     this.#channel = channel;
     if (this.#draft) this.#seal(this.#draft);
     this.evict();
     this.#flush();
   }
 
-  #again(model: AmqpConnection, lose: Lose, error: BrokerError): void {
-    debug("again: %s", error.message);
-    this.down(error);
-    this.up(model, lose).then(this.events.ready, lose);
-  }
-
   down(error: BrokerError): void {
     // A frame that is larger than the broker allows would close every next channel as well.
     if (error.code === 406 && error.classId === 60) this.#dropLargest(error);
-    this.#unwatch();
-    discard(this.#channel);
-    this.#channel = this.#model = undefined;
-    this.#lose = () => {}; // on a connection that others use, up() may still be at work
-    this.#declared.clear();
-    this.#declaring = this.#blocked = false;
+    this.#channel = undefined;
+    this.#lose = () => {};
+    this.#blocked = false;
     this.#framesInFlight = this.#bytesInFlight = 0;
     if (this.#draft?.to.volatile) this.#draft = undefined;
     for (const { number, to } of this.#frames.values()) if (to.volatile) this.#frames.delete(number); // not after the outage
@@ -2729,7 +2685,7 @@ class Outbox {
       // A nack of what is for all: some queues were full, the others have it.
       const confirmed = (error: Error | null) => resolve(!error || (isForAll && error.message === NACKED));
       try {
-        channel.publish(this.root, key, body, { mandatory: !isForAll }, confirmed);
+        channel.publish(this.names.keys, key, body, { mandatory: !isForAll }, confirmed);
       } catch {
         resolve(false); // the channel has just closed
       }
@@ -2758,25 +2714,16 @@ class Outbox {
   async close(ms: number): Promise<void> {
     const unconfirmed = await this.confirmed(ms);
     const goodbye = this.control(ALL_SERVERS, { type: "bye" });
-    this.#closed = true; // nothing may come behind it: the exchanges go any moment now
+    this.#closed = true; // nothing may come behind it
     clearTimeout(this.#spacing);
     await within(CLOSE_PATIENCE, goodbye);
     this.#reportDrops();
     if (unconfirmed > 0) throw new Error(`Closed before the broker confirmed ${unconfirmed} frames`);
   }
-
-  /** Deletes the exchanges that were declared to publish to, unless they are needed or bound. */
-  async deleteExchanges(needed: Set<string>): Promise<void> {
-    const model = this.#model;
-    if (!model) return;
-    const unneeded = [...this.#declared].filter((name) => !needed.has(name));
-    for (const exchange of unneeded) this.#declared.delete(exchange);
-    await deleteUnused(model, unneeded);
-  }
 }
 
-/** Tells what is published to an exchange under a key from all else, but for one in 2^32. */
-const digestOf = (exchange: string, key: string): number => Bun.hash.crc32(`${exchange}\0${key}`);
+/** Tells what is published under a routing key from all else, but for one in 2^32. */
+const digestOf = (key: string): number => Bun.hash.crc32(key);
 
 /** Who may have a frame for this destination again. */
 function readerOf({ volatile, key }: Destination): string | undefined {
@@ -2801,9 +2748,9 @@ const MAX_CC = 32 * 1024;
 /** How many destinations are kept ready, for rooms that are emitted to again. */
 const MAX_ROUTES = 4_096;
 
-/** Which exchange and routing keys the packets of a namespace take. */
+/** Which routing keys the packets of a namespace take. */
 class Routes {
-  readonly #exchange: string;
+  readonly #key: string;
   /** By room; users pass `undefined` as well, and mean a room that nobody is in. */
   readonly #ready = new Map<Room | undefined, Destination>();
   #everyone: Destination | undefined;
@@ -2814,7 +2761,7 @@ class Routes {
     /** Whether rooms named like a socket id have a key of their own. */
     readonly bound: boolean,
   ) {
-    this.#exchange = names.exchange(nsp);
+    this.#key = namespaceKey(nsp);
   }
 
   packets({ rooms, except, flags }: BroadcastOptions): Destination {
@@ -2839,7 +2786,7 @@ class Routes {
   message(message: Message): Destination {
     const toRooms =
       message.type === "packet" || message.type === "join" || message.type === "leave" || message.type === "disconnect";
-    const keys = toRooms ? this.#keys(message.opts.rooms) : [EVERYONE];
+    const keys = toRooms ? this.#keys(message.opts.rooms) : [this.#key];
     return this.#destination(
       Kind.Messages,
       keys,
@@ -2850,10 +2797,9 @@ class Routes {
 
   /** To one server. */
   direct(uid: string): Destination {
-    const exchange = this.names.exchange("/");
     return {
       kind: Kind.Messages,
-      exchange,
+      exchange: this.names.keys,
       key: serverKey(uid),
       options: { mandatory: true },
       head: this.nsp,
@@ -2861,20 +2807,20 @@ class Routes {
     };
   }
 
-  #destination(kind: Kind, [key = EVERYONE, ...CC]: string[], head: string, volatile: boolean): Destination {
-    return { kind, exchange: this.#exchange, key, options: CC.length > 0 ? { CC } : {}, head, volatile };
+  #destination(kind: Kind, [key = this.#key, ...CC]: string[], head: string, volatile: boolean): Destination {
+    return { kind, exchange: this.names.main, key, options: CC.length > 0 ? { CC } : {}, head, volatile };
   }
 
   #keys(rooms: Iterable<Room>): string[] {
     const keys = new Set<string>();
     let size = 0;
     for (const room of rooms) {
-      if (!this.bound && isSocketId(room)) return [EVERYONE];
-      const key = routingKey(room);
+      if (!this.bound && isSocketId(room)) return [this.#key];
+      const key = roomKey(this.nsp, room);
       keys.add(key);
       size += key.length * 3;
     }
-    return size > MAX_CC ? [EVERYONE] : [...keys];
+    return size > MAX_CC ? [this.#key] : [...keys];
   }
 }
 
@@ -3227,21 +3173,29 @@ function asError(error: unknown): Error {
 
 // ── Names ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** The routing key of a namespace's packets for everyone. A room's is `#<room>`, one server's `@<uid>`, all servers' `@`. */
-const EVERYONE = "";
+/** Routing keys: `/chat` is everyone in a namespace, `/chat#room42` a room, `@` all servers, `@<uid>` one server. */
 const ALL_SERVERS = "@";
 const serverKey = (uid: string): string => `${ALL_SERVERS}${uid}`;
+/** How a key or name begins that would have been too long: its SHA-256 follows. No other key begins like this. */
+const HASHED = "%";
 /** AMQP 0-9-1: names and routing keys are short strings. */
 const MAX_BYTES = 255;
 
-const hash = (name: string): string => createHash("sha256").update(name).digest("hex");
 const isShort = (name: string): boolean => name.length * 3 <= MAX_BYTES || Buffer.byteLength(name) <= MAX_BYTES;
+const short = (key: string): string =>
+  isShort(key) ? key : `${HASHED}${createHash("sha256").update(key).digest("hex")}`;
+/** `#` and `%` are escaped, or namespace `/a#b` would claim the key of room `b` in `/a`. */
+const escaped = (nsp: string): string =>
+  /[%#]/.test(nsp) ? nsp.replace(/[%#]/g, (char) => (char === "#" ? "%23" : "%25")) : nsp;
 
-/** A room's key; one that would be too long is `%` and the room's SHA-256, which no other room's key can be. */
-function routingKey(room: Room): string {
-  const key = `#${room}`;
-  return isShort(key) ? key : `%${hash(key)}`;
-}
+/** The namespace of a key that is not hashed. */
+const namespaceOf = (key: string): string => {
+  const end = key.indexOf("#");
+  const nsp = end < 0 ? key : key.slice(0, end);
+  return nsp.includes("%") ? nsp.replace(/%2[35]/g, (code) => (code === "%23" ? "#" : "%")) : nsp;
+};
+const namespaceKey = (nsp: string): string => short(escaped(nsp));
+const roomKey = (nsp: string, room: Room): string => short(`${escaped(nsp)}#${room}`);
 
 /** The rooms that share the key of this name: Socket.IO takes numbers for rooms, and tells 1 from "1". */
 function roomsNamed(name: string): Room[] {
@@ -3254,23 +3208,22 @@ function isSocketId(room: Room): boolean {
 }
 
 class Names {
-  constructor(readonly prefix: string) {}
+  /** Everybody publishes to it. */
+  readonly main: string;
+  /** Behind it: queues are bound to it by routing key. */
+  readonly keys: string;
 
-  /** A namespace's exchange. `#` and `%` are escaped, or namespace `/a#b` would claim the exchange of room `b` in `/a`. */
-  exchange(nsp: string): string {
-    return this.#name(nsp.replace(/[%#]/g, (char) => (char === "#" ? "%23" : "%25")));
+  constructor(readonly prefix: string) {
+    this.main = prefix;
+    this.keys = `${prefix}#keys`;
   }
 
-  roomExchange(nsp: string, key: string): string {
-    return this.#name(this.exchange(nsp).slice(this.prefix.length + 1) + key);
+  roomExchange(key: string): string {
+    const name = `${this.prefix}#${key}`;
+    return isShort(name) ? name : `${this.prefix}#${HASHED}${createHash("sha256").update(key).digest("hex")}`;
   }
 
   queue(uid: string, generation: number): string {
-    return this.#name(`@${uid}.${generation}`);
-  }
-
-  #name(rest: string): string {
-    const name = `${this.prefix}#${rest}`;
-    return isShort(name) ? name : `${this.prefix}#%${hash(name)}`;
+    return `${this.prefix}#@${uid}.${generation}`;
   }
 }
