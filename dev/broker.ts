@@ -1,12 +1,16 @@
 /**
  * A RabbitMQ for the tests, the demo and the benchmarks: the one that AMQP_URL names, or else a private one with its own ports, node name
  * and folder, from `rabbitmq-server` on this machine or from Docker. Nothing of a private one outlives this process, however that ends.
+ *
+ * Two more environment variables are for private ones:
+ * - `RABBITMQ_SERVER`: the path of another `rabbitmq-server`, with its `rabbitmqctl` beside it. A script that wraps it must `exec` it.
+ * - `RABBITMQ_FEATURE_FLAG`: a feature flag to enable when a node starts for the first time, e.g. `khepri_db` on RabbitMQ 4.0.
  */
 import { connect } from "amqplib";
 import { existsSync } from "node:fs";
 import { mkdir, mkdtemp, rm, writeFile } from "node:fs/promises";
 import { tmpdir } from "node:os";
-import { basename, join } from "node:path";
+import { basename, dirname, join } from "node:path";
 
 export interface Broker {
   /** E.g. `amqp://guest:guest@127.0.0.1:12345`. */
@@ -71,7 +75,7 @@ async function existingBroker(url: string): Promise<Broker> {
 /** What the private nodes of one cluster share. */
 interface Place {
   folder: string;
-  /** The path of `rabbitmq-server`, or null where Docker runs the node. */
+  /** The path of `rabbitmq-server`, whose `rabbitmqctl` is beside it, or null where Docker runs the node. */
   server: string | null;
   /** The port of Erlang's port mapper, which is their own too. */
   epmd: number;
@@ -80,11 +84,18 @@ interface Place {
   seed: string;
 }
 
+/** What a private node tells whoever started it. */
+interface Owner {
+  /** The node's process has started, or ended where `pid` is undefined. */
+  runs(pid?: number): void;
+  closed(): Promise<void>;
+}
+
 /** A port that was free a moment ago may be taken when the node wants it. */
 const ATTEMPTS = 3;
 
 async function startNodes(names: string[]): Promise<Broker[]> {
-  const server = script("rabbitmq-server");
+  const server = process.env.RABBITMQ_SERVER || script("rabbitmq-server");
   if (!server && (names.length > 1 || !Bun.which("docker")))
     throw new Error("no rabbitmq-server here: run sh dev/setup");
   for (let attempt = 1; ; attempt++) {
@@ -100,27 +111,39 @@ async function startNodes(names: string[]): Promise<Broker[]> {
 async function tryNodes(names: string[], server: string | null): Promise<Broker[]> {
   const folder = await mkdtemp(join(tmpdir(), "socket.io-amqp0-"));
   const place: Place = { folder, server, epmd: freePort(), cookie: crypto.randomUUID(), seed: `${names[0]}@localhost` };
-  // The guard reads until this process is gone, then clears up: what runs at exit or on a signal would not see a SIGKILL.
+  // The guard reads the process ids of the running nodes, one line each time they change, until this process is gone, and then
+  // ends them and clears up. What runs at exit or on a signal would not see a SIGKILL. That the nodes' stdin closes is not enough
+  // to end them: the Erlang shell does not notice while it evaluates, and on Erlang 27 it crashes if its stdout is closed too.
   // Guard and nodes ignore SIGTERM, which `bun test` sends to all children as soon as one test takes too long.
   const portMapper = server ? `epmd -port ${place.epmd} -address 127.0.0.1 & ` : "";
   const guard = Bun.spawn(
     [
       "sh",
       "-c",
-      `trap "" TERM; ${portMapper}read -r _; kill -KILL $!; wait; [ ! -d "$0" ] || { sleep 1; rm -rf "$0"; }`,
+      `trap "" TERM; ${portMapper}while read -r line; do nodes=$line; done; kill -KILL $! $nodes; wait
+        [ ! -d "$0" ] || { sleep 1; rm -rf "$0"; }`,
       folder,
     ],
     { stdin: "pipe", stdout: "ignore", stderr: "ignore", detached: true },
   );
   guard.unref();
 
+  const pids = new Map<string, number>();
   let open = names.length;
   const nodes = names.map((name) =>
-    privateNode(name, place, async () => {
-      if (--open > 0) return;
-      await rm(folder, { recursive: true, force: true });
-      await guard.stdin.end();
-      await guard.exited;
+    privateNode(name, place, {
+      runs(pid) {
+        if (pid === undefined) pids.delete(name);
+        else pids.set(name, pid);
+        guard.stdin.write(`${[...pids.values()].join(" ")}\n`);
+        guard.stdin.flush();
+      },
+      async closed() {
+        if (--open > 0) return;
+        await rm(folder, { recursive: true, force: true });
+        await guard.stdin.end();
+        await guard.exited;
+      },
     }),
   );
   try {
@@ -134,10 +157,10 @@ async function tryNodes(names: string[], server: string | null): Promise<Broker[
 }
 
 /**
- * A node that is driven through the Erlang shell on its stdin: that answers in a millisecond where `rabbitmqctl` takes half
- * a second, and ends the node when this process is gone.
+ * A node that is driven through the Erlang shell on its stdin, which answers in a millisecond where `rabbitmqctl` takes half a second.
+ * With Docker, the end of its stdin ends the node when this process is gone.
  */
-function privateNode(name: string, { folder, server, epmd, cookie, seed }: Place, closed: () => Promise<void>): Broker {
+function privateNode(name: string, { folder, server, epmd, cookie, seed }: Place, { runs, closed }: Owner): Broker {
   const node = `${name}@localhost`;
   const home = join(folder, name);
   const container = `${basename(folder)}-${name}`;
@@ -148,7 +171,8 @@ function privateNode(name: string, { folder, server, epmd, cookie, seed }: Place
     HOME: home, // holds the cookie
     ERL_CRASH_DUMP: join(home, "erl_crash.dump"),
     ERL_EPMD_PORT: `${epmd}`,
-    ERL_FLAGS: "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}", // a port mapper of Erlang's own would stay
+    // A port mapper that Erlang starts itself would stay. Not ERL_FLAGS, which rabbitmqctl overwrites.
+    ERL_AFLAGS: "-start_epmd false -kernel inet_dist_use_interface {127,0,0,1}",
     RABBITMQ_NODENAME: node,
     RABBITMQ_NODE_IP_ADDRESS: "127.0.0.1",
     RABBITMQ_NODE_PORT: `${port}`,
@@ -165,7 +189,9 @@ function privateNode(name: string, { folder, server, epmd, cookie, seed }: Place
   };
   const docker = ["docker", "run", "--rm", "-i", "--name", container, "-p", `127.0.0.1:${port}:5672`];
   const command = server ? [server] : [...docker, "-e", "RABBITMQ_ALLOW_INPUT=true", "rabbitmq:4"];
-  const ctl = server ? [script("rabbitmqctl") ?? "", "-n", node] : ["docker", "exec", container, "rabbitmqctl"];
+  const ctl = server
+    ? [join(dirname(server), "rabbitmqctl"), "-n", node]
+    : ["docker", "exec", container, "rabbitmqctl"];
 
   let running: { child: Bun.Subprocess<"pipe", "pipe", "pipe">; ended: Promise<void> } | undefined;
   let closing: Promise<void> | undefined;
@@ -206,8 +232,10 @@ function privateNode(name: string, { folder, server, epmd, cookie, seed }: Place
     }
     const child = Bun.spawn(command, { env, stdin: "pipe", stdout: "pipe", stderr: "pipe", detached: true });
     child.unref();
+    if (server) runs(child.pid);
     const ended = Promise.all([child.exited, read(child.stdout), read(child.stderr)]).then(() => {
       running = undefined;
+      if (server) runs();
       for (const answer of answers.values()) answer.reject(new Error(`${node} ended`));
       answers.clear();
     });
@@ -229,10 +257,15 @@ function privateNode(name: string, { folder, server, epmd, cookie, seed }: Place
     ...listings(evaluate, "/"),
     stop: async () => void (await evaluate("rabbit:stop()")),
     start: async () => {
+      const first = !existsSync(home);
       if (running) await evaluate("rabbit:start()");
       else await boot();
       if (!(await accepting(url, () => !running))) throw new Error(`RabbitMQ did not start: ${output}`);
       await evaluate("os:set_signal(sigterm, ignore)");
+      // RabbitMQ accepts connections shortly before its boot is over, and a `stop()` in between would end the node.
+      while (!(await evaluate("init:get_status() =:= {started, started}"))) await Bun.sleep(10);
+      const flag = process.env.RABBITMQ_FEATURE_FLAG;
+      if (flag && first) await evaluate(`ok = rabbit_feature_flags:enable(${flag})`);
     },
     kill,
     close: () =>
