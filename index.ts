@@ -10,7 +10,7 @@
  * Read from the top: what you call · the adapter (Socket.IO's side) · the emitter · the member (one server's place in
  * the cluster) · the AMQP side (connections, topology, outbox) · frames, values and names (pure functions).
  */
-import { createHash, randomBytes, randomInt } from "node:crypto";
+import { createHash, randomBytes } from "node:crypto";
 import type { Socket as TcpSocket } from "node:net";
 import { debuglog } from "node:util";
 import type { Channel, ChannelModel, ConfirmChannel, ConsumeMessage, Options, RecoveringChannelModel } from "amqplib";
@@ -27,10 +27,9 @@ export type AmqpConnection = ChannelModel | RecoveringChannelModel;
 /** Which frames are kept to be sent again after a cut connection or a broker restart. */
 export interface JournalOptions {
   /**
-   * How many bytes of frames are kept, sent or not, before they are packed; one that is not confirmed counts 256 more. It
-   * also bounds what waits while the broker is away or blocked: beyond it the oldest frames are dropped, counted in
-   * `stats.lost` and reported as an `error`.
-   * @default 16_777_216 (16 MiB)
+   * How many bytes of published frames are kept, in a buffer that grows as it is needed. Several times `maxPayload`, or one
+   * large packet pushes all others out.
+   * @default 67_108_864 (64 MiB)
    */
   bytes?: number;
   /**
@@ -40,8 +39,8 @@ export interface JournalOptions {
   ms?: number;
 }
 
-/** What a member of the cluster needs, be it a server or an emitter. */
-interface MemberOptions {
+/** What a server and an emitter need. */
+interface NodeOptions {
   /**
    * Opens a connection, as `() => connect("amqp://localhost")`. It is called for two connections per Socket.IO server
    * (one consumes, one publishes, for RabbitMQ blocks publishers when it runs low on memory or disk), and again after a
@@ -62,9 +61,16 @@ interface MemberOptions {
   maxPayload?: number;
   /** How much is kept to be sent again after an outage. */
   journal?: JournalOptions;
+  /**
+   * How many bytes of packets may wait: while the broker is away, blocked, or slower than they are emitted. It protects the
+   * process. Beyond it, and for what waited longer than `journal.ms` while the broker was away, the oldest packets are dropped,
+   * counted in `stats.dropped` and reported as an `error`.
+   * @default 268_435_456 (256 MiB)
+   */
+  maxQueued?: number;
 }
 
-export interface AdapterOptions extends MemberOptions {
+export interface AdapterOptions extends NodeOptions {
   /**
    * Whether a room gets an exchange of its own, `<prefix>#<namespace>#<room>`, to which other AMQP clients can publish and
    * bind. `undefined` means: before RabbitMQ 4.2, on a server with up to 100 rooms. From 4.2 on no room has one, and `true` is
@@ -104,9 +110,18 @@ export interface AdapterOptions extends MemberOptions {
   queueArguments?: Record<string, unknown>;
 }
 
-export interface EmitterOptions extends MemberOptions {
+export interface EmitterOptions extends NodeOptions {
   /** Called with what a user should know: a lost connection, a refused permission, a packet that could not be sent. */
   onError?: (error: Error) => void;
+  /**
+   * How long `close()` waits until the broker has confirmed everything, in ms.
+   * @default 30_000
+   */
+  closeTimeout?: number;
+  /**
+   * The parser of the Socket.IO servers, where that is not the default one. Without it, arguments travel as JSON with binary.
+   */
+  parser?: Parser;
 }
 
 /** A snapshot of what the adapter has done. Frames and packets are the whole server's, not only this namespace's. */
@@ -123,13 +138,16 @@ export interface AdapterStats {
   replayed: number;
   /** Frames that came a second time, after an outage, and were dropped. */
   duplicates: number;
-  /**
-   * Frames that a journal no longer held: own ones without a confirm, and missed ones of peers, if they do not count them;
-   * and own ones that the broker refused as too large.
-   */
+  /** Frames of other servers that this server did not receive and that could not be replayed. */
   lost: number;
+  /** Packets of this server that were not sent: too many waited, or for too long. */
+  dropped: number;
+  /** Packets that wait to be sent, and how many bytes they take. */
+  queued: number;
+  queuedBytes: number;
+  /** Of the published frames that are kept. */
   journalBytes: number;
-  /** Frames under way or waiting, and those confirmed behind one that is. */
+  /** Frames that the broker has not confirmed yet. */
   unconfirmed: number;
   reconnects: { consuming: number; publishing: number };
   lastError: Error | undefined;
@@ -141,13 +159,13 @@ export interface AdapterStats {
  */
 export function createAdapter(options: AdapterOptions): (nsp: Namespace) => AmqpAdapter {
   const settings = checked(options, ADAPTER_OPTIONS);
-  const members = new WeakMap<object, Member>();
+  const nodes = new WeakMap<object, Node>();
   // A function, not an arrow: Socket.IO calls it with `new`.
   return function (nsp: Namespace): AmqpAdapter {
-    let member = members.get(nsp.server);
+    let node = nodes.get(nsp.server);
     // A server that was closed stays closed, until it is given an adapter anew.
-    if (!member || (member.closing && nsp.name === "/")) members.set(nsp.server, (member = new Member(settings)));
-    return new AmqpAdapter(nsp, member, settings);
+    if (!node || (node.closing && nsp.name === "/")) nodes.set(nsp.server, (node = new Node(settings)));
+    return new AmqpAdapter(nsp, node);
   };
 }
 
@@ -161,8 +179,10 @@ export function createAdapter(options: AdapterOptions): (nsp: Namespace) => Amqp
  * @throws TypeError if an option is wrong
  */
 export function createEmitter<Events extends EventMap<Events> = AnyEvents>(options: EmitterOptions): Emitter<Events> {
-  const { onError, ...rest } = checked(options, EMITTER_OPTIONS);
-  return new Emitter<Events>(new Member(rest, onError));
+  const settings = checked(options, EMITTER_OPTIONS);
+  const node = new Node(settings, settings.onError);
+  node.start();
+  return new Emitter<Events>(node, settings);
 }
 
 type Settings = Required<Omit<AdapterOptions, "journal" | "roomExchanges">> & {
@@ -180,7 +200,8 @@ const ADAPTER_DEFAULTS = {
   heartbeatTimeout: 10_000,
   queueArguments: {},
   maxPayload: 16 * MiB,
-  journal: { bytes: 16 * MiB, ms: 60_000 },
+  journal: { bytes: 64 * MiB, ms: 60_000 },
+  maxQueued: 256 * MiB,
 };
 
 const isRecord = (value: unknown): value is Record<string, unknown> =>
@@ -193,13 +214,14 @@ const bytes: Expectation = [
   (value) => positive(value) && Number(value) < 2 ** 30,
 ];
 
-const MEMBER_OPTIONS: Record<string, Expectation> = {
+const NODE_OPTIONS: Record<string, Expectation> = {
   amqpConnection: ['a function that returns a connection, as () => connect("amqp://localhost")', isFunction],
   prefix: [
     'a string of 1 to 100 bytes without "#" that does not begin with "amq."',
     (value) => typeof value === "string" && /^(?!amq\.)[^#]+$/.test(value) && Buffer.byteLength(value) <= 100,
   ],
   maxPayload: bytes,
+  maxQueued: ["a positive number of bytes", (value) => typeof value === "number" && value > 0],
   journal: [
     "{ bytes?, ms? }, positive numbers below 2^31",
     (value) =>
@@ -208,7 +230,7 @@ const MEMBER_OPTIONS: Record<string, Expectation> = {
   ],
 };
 const ADAPTER_OPTIONS: Record<string, Expectation> = {
-  ...MEMBER_OPTIONS,
+  ...NODE_OPTIONS,
   roomExchanges: ["true or false", (value) => typeof value === "boolean"],
   socketRooms: ['"shared" or "bound"', (value) => value === "shared" || value === "bound"],
   requestsTimeout: milliseconds,
@@ -216,7 +238,12 @@ const ADAPTER_OPTIONS: Record<string, Expectation> = {
   heartbeatTimeout: milliseconds,
   queueArguments: ["an object", isRecord],
 };
-const EMITTER_OPTIONS: Record<string, Expectation> = { ...MEMBER_OPTIONS, onError: ["a function", isFunction] };
+const EMITTER_OPTIONS: Record<string, Expectation> = {
+  ...NODE_OPTIONS,
+  onError: ["a function", isFunction],
+  closeTimeout: milliseconds,
+  parser: ["what Socket.IO takes as a parser", (value) => isRecord(value) && isFunction(value["Encoder"])],
+};
 
 function withoutUndefined<T extends object>(options: T): T {
   const given = { ...options };
@@ -225,7 +252,7 @@ function withoutUndefined<T extends object>(options: T): T {
 }
 
 /** The options with their defaults. Throws a TypeError for the first one that is wrong. */
-function checked<T extends MemberOptions>(options: T, expectations: Record<string, Expectation>): Settings & T {
+function checked<T extends NodeOptions>(options: T, expectations: Record<string, Expectation>): Settings & T {
   const refusal = (name: string, expected: string, value: unknown) =>
     new TypeError(`Expected ${name} to be ${expected}, got ${Bun.inspect(value)} (${typeof value})`);
   if (!isRecord(options)) throw refusal("the options", "an object with amqpConnection", options);
@@ -258,6 +285,10 @@ interface Namespace {
   };
   _onServerSideEmit(args: unknown[]): void;
 }
+/** What Socket.IO takes as its `parser` option, as far as it is used here. */
+export interface Parser {
+  Encoder: new () => { encode(packet: Packet): unknown[] };
+}
 interface Decoder {
   on(event: "decoded", listener: (packet: Packet) => void): unknown;
   add(part: unknown): void;
@@ -268,11 +299,12 @@ interface Socket {
   readonly rooms: Set<Room>;
   readonly handshake: Record<string, unknown>;
   readonly data: unknown;
+  readonly acks: Map<number, unknown>;
   readonly client: { writeToEngine(parts: unknown[], flags: object): void };
   listenersAnyOutgoing?(): unknown[];
   notifyOutgoingListeners?(packet: Packet): void;
 }
-interface Packet {
+export interface Packet {
   type: number;
   nsp: string;
   data: unknown[];
@@ -281,6 +313,10 @@ interface Packet {
 
 /** The Socket.IO protocol's type of an event, https://socket.io/docs/v4/socket-io-protocol/#packet-types */
 const EVENT = 2;
+const ACK = 3;
+/** How many ms after an acknowledged broadcast has timed out an answer may still come. */
+const ACK_GRACE = 1_000;
+const EVERYONE: BroadcastOptions = { rooms: new Set() };
 /** Names that Socket.IO keeps for itself: a client's parser refuses the packet and closes its connection. */
 const RESERVED_EVENTS = new Set([
   "connect",
@@ -306,8 +342,8 @@ export class AmqpAdapter extends Adapter implements Tenant {
   /** Resolves once connected, bound and announced; rejects if the adapter is closed before. */
   readonly ready: Promise<void>;
   /** @internal */
-  readonly opened = Promise.withResolvers<void>();
-  readonly #member: Member;
+  readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
+  readonly #node: Node;
   readonly #settings: Settings;
   readonly #routes: Routes;
   /** Whether a room has a routing key of its own. */
@@ -317,35 +353,46 @@ export class AmqpAdapter extends Adapter implements Tenant {
   #replaced: AmqpAdapter | undefined;
 
   /** Made by what `createAdapter()` returns. */
-  constructor(nsp: Namespace, member: Member, settings: Settings) {
+  constructor(nsp: Namespace, node: Node) {
     super(nsp);
-    this.#member = member;
-    this.#settings = settings;
+    this.#node = node;
+    this.#settings = node.settings;
     this.key = namespaceKey(nsp.name);
-    const bound = settings.socketRooms === "bound";
+    const bound = node.settings.socketRooms === "bound";
     this.#travels = (room) => bound || !isSocketId(room);
-    this.#routes = new Routes(nsp.name, member.names, bound);
+    this.#routes = node.routes(nsp.name);
     this.ready = this.opened.promise;
     this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
     this.#replaced = nsp.adapter instanceof AmqpAdapter ? nsp.adapter : undefined;
   }
 
   get stats(): AdapterStats {
-    return { ...this.#member.stats, rooms: this.#member.countBound(this.keys()) };
+    return { ...this.#node.stats, rooms: this.#node.receiver.countBound(this.keys()) };
   }
 
   override init(): void {
-    this.#member.join(this);
+    this.#node.join(this);
     void this.#replaced?.close();
     this.#replaced = undefined;
   }
 
   override close(): Promise<void> {
-    return (this.#closing ??= this.#member.leave(this));
+    return (this.#closing ??= this.#node.leave(this));
   }
 
   override serverCount(): Promise<number> {
-    return Promise.resolve(1 + this.#member.peersOf(this.nsp.name).length);
+    return Promise.resolve(1 + this.#peers.length);
+  }
+
+  /** @internal */
+  get shared(): Shared {
+    const { socketRooms, maxPayload, journal } = this.#settings;
+    return { socketRooms, maxPayload, "journal.ms": journal.ms, parser: parserName(this.nsp.server.encoder) };
+  }
+
+  /** The other servers that have this namespace open. */
+  get #peers(): string[] {
+    return this.#node.membership.serversOf(this.nsp.name);
   }
 
   // Rooms: what is bound on the broker follows `this.rooms`.
@@ -385,7 +432,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
   #follow(rooms: Iterable<Room>): Promise<void> | void {
     let pending: Promise<void>[] | undefined;
     for (const room of rooms) {
-      const done = this.#travels(room) ? this.#member.follow(roomKey(this.nsp.name, room)) : undefined;
+      const done = this.#travels(room) ? this.#node.receiver.follow(roomKey(this.nsp.name, room)) : undefined;
       if (done) (pending ??= []).push(done);
     }
     if (pending) return Promise.all(pending).then(() => {});
@@ -397,13 +444,17 @@ export class AmqpAdapter extends Adapter implements Tenant {
     packet.nsp = this.nsp.name;
     const parts = this.nsp.server.encoder.encode(packet);
     this.#write(this.#sockets(opts), [parts], opts.flags, packet);
-    if (!opts.flags?.local && !this.#closing) this.#member.outbox.add(this.#routes.packets(opts), parts);
+    if (!opts.flags?.local && !this.#closing) this.#node.sender.add(this.#routes.packets(opts), parts);
   }
 
-  /** @internal Packets of one frame: encoded by the peer, handed to the local sockets as they are. */
-  onPackets({ opts }: PacketsHead, frame: Frame): void {
+  /** @internal Packets of a peer, handed to the local sockets as they are. */
+  onPackets({ kind, head }: Section, packets: () => Part[][]): void {
+    let opts: BroadcastOptions = EVERYONE;
+    if (kind === SectionKind.Room) opts = { rooms: new Set([head]) };
+    if (kind === SectionKind.Options) opts = packetsHead(head);
+    if (kind === SectionKind.Room && !this.rooms.has(head)) return;
     const sockets = this.#sockets(opts);
-    if (sockets.length > 0) this.#write(sockets, packetsOf(frame), opts.flags);
+    if (sockets.length > 0) this.#write(sockets, packets(), opts.flags);
   }
 
   #sockets(opts: BroadcastOptions): Socket[] {
@@ -423,7 +474,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
             socket.notifyOutgoingListeners?.((packet ??= this.#decode(parts)));
           } catch (error) {
             if (decoded) throw error; // into the emit() of the user who can mend it
-            this.report(new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }));
+            this.#node.report(new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }));
           }
         }
         socket.client.writeToEngine(parts, options);
@@ -447,35 +498,51 @@ export class AmqpAdapter extends Adapter implements Tenant {
     clientCountCallback: (clientCount: number) => void,
     ack: (...args: unknown[]) => void,
   ): void {
-    const peers = this.#member.peersOf(this.nsp.name);
+    const peers = this.#peers;
     if (opts.flags?.local || this.#closing) {
       for (const _ of peers) clientCountCallback(0); // the caller waits for one count per server
     } else {
       // A peer is counted when the last of its clients has answered or when it is gone, so a dead one is not waited for.
       const clients = new Map(peers.map((uid) => [uid, { count: Infinity, acks: 0 }]));
-      const send = (id: number) => this.#send({ type: "broadcast", id, opts: toWire(opts), data: packet.data });
-      void this.#member.request(peers, opts.flags?.timeout ?? this.#settings.requestsTimeout, send, {
+      const timeout = opts.flags?.timeout ?? this.#settings.requestsTimeout;
+      const parts = this.#tryEncode({ type: EVENT, nsp: this.nsp.name, data: packet.data });
+      const send = (id: string) => {
+        if (parts) this.#send({ type: "broadcast", id, opts: toWire(opts), timeout, packet: parts });
+      };
+      void this.#node.requests.ask(parts ? peers : [], timeout, send, {
         take: (message, uid) => {
           const peer = clients.get(uid);
           if (!peer) return false;
           if (message.type === "clients") peer.count = message.count;
           if (message.type === "ack") {
             peer.acks++;
-            ack(message.value);
+            ack(...(message.packet ? this.#decode(message.packet).data : []));
           }
           return peer.acks >= peer.count;
         },
-        // Not here: it may call the user, who may throw.
+        // Deferred, because this runs a user callback that may throw.
         done: (uid) => queueMicrotask(() => clientCountCallback(clients.get(uid)?.acks ?? 0)),
       });
+      if (!parts) for (const _ of peers) clientCountCallback(0);
     }
     super.broadcastWithAck(packet, opts, clientCountCallback, ack);
+  }
+
+  /** Undefined where the parser does not take it, which is reported. */
+  #tryEncode(packet: Packet): Part[] | undefined {
+    try {
+      return this.nsp.server.encoder.encode(packet).map(partOf);
+    } catch (error) {
+      this.#node.report(new TypeError(`A packet cannot be encoded for other servers: ${asError(error).message}`));
+      return undefined;
+    }
   }
 
   // Sockets and servers: local first, then a message to the servers that hold the rooms, or to all.
 
   override addSockets(opts: BroadcastOptions, rooms: Room[]): void {
     super.addSockets(opts, rooms);
+    this.#routes.joinFromAfar(rooms);
     if (!opts.flags?.local) this.#send({ type: "join", opts: toWire(opts), rooms });
   }
 
@@ -491,46 +558,48 @@ export class AmqpAdapter extends Adapter implements Tenant {
 
   override async fetchSockets(opts: BroadcastOptions): Promise<unknown[]> {
     const sockets: unknown[] = this.#sockets(opts);
-    const peers = opts.flags?.local ? [] : this.#member.peersOf(this.nsp.name);
-    const send = (id: number) => this.#send({ type: "fetch", id, opts: toWire(opts) });
-    const missing = await this.#member.request(peers, opts.flags?.timeout ?? this.#settings.requestsTimeout, send, {
+    const peers = opts.flags?.local ? [] : this.#peers;
+    const send = (id: string) => this.#send({ type: "fetch", id, opts: toWire(opts) });
+    const timeout = opts.flags?.timeout ?? this.#settings.requestsTimeout;
+    const unanswered = await this.#node.requests.ask(peers, timeout, send, {
       take: (message) => {
         if (message.type !== "sockets") return false;
         for (const socket of message.sockets) sockets.push(socket);
         return !message.more;
       },
     });
-    if (missing > 0) throw new Error(`fetchSockets: ${missing} of ${peers.length} servers did not answer in time`);
+    if (unanswered > 0)
+      throw new Error(`fetchSockets: ${unanswered} of ${peers.length} servers did not answer in time`);
     return sockets;
   }
 
   override serverSideEmit(args: unknown[]): void {
     const callback = args.at(-1);
     if (typeof callback !== "function") return this.#send({ type: "emit", id: undefined, args });
-    const peers = this.#member.peersOf(this.nsp.name);
+    const peers = this.#peers;
     const answers: unknown[] = [];
-    const send = (id: number) => this.#send({ type: "emit", id, args: args.slice(0, -1) });
-    const answered = this.#member.request(peers, this.#settings.requestsTimeout, send, {
+    const send = (id: string) => this.#send({ type: "emit", id, args: args.slice(0, -1) });
+    const answered = this.#node.requests.ask(peers, this.#settings.requestsTimeout, send, {
       take: (message) => {
         if (message.type !== "answer") return false;
         answers.push(message.value);
         return true;
       },
     });
-    void answered.then((missing) => {
-      const late = `serverSideEmit: ${missing} of ${peers.length} servers did not answer in time`;
-      // Not here: what it throws is the user's, and no rejection.
-      queueMicrotask(() => callback(missing > 0 ? new Error(late) : null, answers));
+    void answered.then((unanswered) => {
+      const late = `serverSideEmit: ${unanswered} of ${peers.length} servers did not answer in time`;
+      // Deferred: what the callback throws is the user's, and no rejection.
+      queueMicrotask(() => callback(unanswered > 0 ? new Error(late) : null, answers));
     });
   }
 
   #send(message: Message): void {
-    if (!this.#closing) this.#member.outbox.add(this.#routes.message(message), encodeValue(message));
+    if (!this.#closing) this.#node.sender.add(this.#routes.message(message), encodeValue(message));
   }
 
   /** @internal A message of a peer, an emitter or a foreign client. */
   onMessage(message: Message, from: string): void {
-    const answer = (value: Answer) => this.#member.outbox.add(this.#routes.direct(from), encodeValue(value));
+    const answer = (value: Answer) => this.#node.sender.add(this.#routes.direct(from), encodeValue(value));
     switch (message.type) {
       case "packet":
         return super.broadcast(
@@ -570,38 +639,82 @@ export class AmqpAdapter extends Adapter implements Tenant {
         return answer({ type: "sockets", id, sockets, more: false });
       }
       case "broadcast":
-        return super.broadcastWithAck(
-          { type: EVENT, nsp: this.nsp.name, data: eventOf(message.data) },
-          fromWire(message.opts),
-          (count) => answer({ type: "clients", id: message.id, count }),
-          (value: unknown) => answer({ type: "ack", id: message.id, value }),
-        );
+        return this.#onBroadcast(message, answer);
       default:
-        this.#member.onAnswer(message, from);
+        this.#node.requests.onAnswer(message, from);
     }
   }
 
-  /** What a peer learns of a local socket, and about how long it is. Data that cannot be sent is left out and reported. */
+  /** An acknowledged broadcast of a peer. */
+  #onBroadcast(
+    { id, opts, timeout, packet: parts }: Message & { type: "broadcast" },
+    answer: (value: Answer) => void,
+  ): void {
+    const { data } = this.#decode(parts);
+    const packet: Packet = { type: EVENT, nsp: this.nsp.name, data: eventOf(data) };
+    const options = fromWire(opts);
+    super.broadcastWithAck(
+      packet,
+      options,
+      (count) => answer({ type: "clients", id, count }),
+      (...values: unknown[]) => {
+        const encoded = this.#tryEncode({ type: ACK, nsp: this.nsp.name, id: 0, data: values });
+        answer(encoded ? { type: "ack", id, packet: encoded } : { type: "ack", id });
+      },
+    );
+    // Socket.IO would wait for the answers of these clients until they disconnect.
+    setTimeout(() => {
+      for (const { acks } of this.#sockets(options)) if (packet.id !== undefined) acks.delete(packet.id);
+    }, timeout + ACK_GRACE).unref();
+  }
+
+  /** What a peer learns of a local socket, and about how long it is. What cannot be sent is left out and reported. */
   #details({ id, handshake, rooms, data }: Socket): { value: unknown; size: number } {
     const { sessionStore: _, ...rest } = handshake; // may hold circular references
-    const details = { id, handshake: rest, rooms: [...rooms], data };
-    const { maxPayload } = this.#settings;
-    try {
-      const size = encodedLength(details);
-      if (size > maxPayload / 4) throw new RangeError(`${size} bytes are too much for a maxPayload of ${maxPayload}`);
-      return { value: details, size };
-    } catch (error) {
-      this.report(new Error(`The data of socket ${id} cannot be sent to another server: ${asError(error).message}`));
-      const value = { id, handshake: { headers: {}, query: {}, auth: {} }, rooms: [...rooms], data: {} };
-      return { value, size: encodedLength(value) };
+    const max = this.#settings.maxPayload / 4;
+    const left: string[] = [];
+    const sendable = (name: string, value: unknown) => {
+      if (!isRecord(value)) return value;
+      const kept = Object.entries(value).filter(([key, part]) => {
+        const fits = lengthOf(part) <= max;
+        if (!fits) left.push(`${name}.${key}`);
+        return fits;
+      });
+      return Object.fromEntries(kept);
+    };
+    let details: unknown = { id, handshake: rest, rooms: [...rooms], data };
+    if (lengthOf(details) > max)
+      details = { id, handshake: sendable("handshake", rest), rooms: [...rooms], data: sendable("data", data) };
+    if (lengthOf(details) > max) {
+      left.push("handshake", "data");
+      details = { id, handshake: { headers: {}, query: {}, auth: {} }, rooms: [...rooms], data: {} };
     }
+    if (left.length > 0)
+      this.#node.report(
+        new Error(
+          `Of socket ${id}, ${left.join(", ")} cannot be sent to another server: not JSON, or over ${max} bytes`,
+        ),
+      );
+    return { value: details, size: lengthOf(details) };
   }
 
   /** @internal */
-  report(error: Error): void {
-    // In a turn of its own: a listener that throws must not break what is reported on, and one that is added right
-    // after the adapter was made hears of a first connection that fails at once.
-    queueMicrotask(() => this.listenerCount("error") > 0 && this.emit("error", error));
+  report(error: Error): boolean {
+    if (this.listenerCount("error") === 0) return false;
+    queueMicrotask(() => this.emit("error", error)); // a listener that throws breaks nothing that is being done
+    return true;
+  }
+}
+
+/** A name for the kind of a server's parser. */
+const parserName = (encoder: object): string => encoder.constructor.name;
+
+/** How many bytes of JSON and binary a value takes; Infinity for one that cannot be encoded. */
+function lengthOf(value: unknown): number {
+  try {
+    return encodeValue(value).reduce((sum, part) => sum + part.length, 0);
+  } catch {
+    return Infinity;
   }
 }
 
@@ -617,34 +730,38 @@ function eventOf(data: unknown[]): unknown[] {
 export type EventMap<T> = { [K in keyof T]: (...args: never[]) => void };
 type AnyEvents = Record<string, (...args: unknown[]) => void>;
 type Rooms = Room | Room[];
+type EmitterSettings = Pick<EmitterOptions, "parser" | "closeTimeout">;
+const EMITTER_CLOSE_TIMEOUT = 30_000;
 
 /** Made by `createEmitter()`. `of()`, `to()`, `except()` and the flags return a new one; all share the connections. */
 export class Emitter<Events extends EventMap<Events> = AnyEvents> {
-  readonly #member: Member;
+  readonly #node: Node;
+  readonly #settings: EmitterSettings;
   readonly #routes: Routes;
   readonly #opts: Required<BroadcastOptions>;
 
   /** Made by `createEmitter()`. */
   constructor(
-    member: Member,
-    routes = new Routes("/", member.names, false),
+    node: Node,
+    settings: EmitterSettings,
+    routes: Routes = node.routes("/"),
     opts: Required<BroadcastOptions> = { rooms: new Set(), except: new Set(), flags: {} },
   ) {
-    this.#member = member;
+    this.#node = node;
+    this.#settings = settings;
     this.#routes = routes;
     this.#opts = opts;
-    if (!member.started) member.start();
   }
 
   /** Resolves once connected; rejects if the emitter is closed before. */
   get ready(): Promise<void> {
-    return this.#member.opened.promise;
+    return this.#node.opened.promise;
   }
 
   /** An emitter for another namespace. */
   of(nsp: string): Emitter<Events> {
     const name = nsp.startsWith("/") ? nsp : `/${nsp}`;
-    return new Emitter<Events>(this.#member, new Routes(name, this.#member.names, false));
+    return new Emitter<Events>(this.#node, this.#settings, this.#node.routes(name));
   }
 
   /** Adds rooms; a client in several of them gets the packet once. */
@@ -678,10 +795,15 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
    */
   emit<Name extends keyof Events & string>(name: Name, ...args: Parameters<Events[Name]>): true {
     if (RESERVED_EVENTS.has(name)) throw new Error(`"${name}" is a reserved event name`);
-    return this.#send({ type: "packet", opts: toWire(this.#opts), data: [name, ...args] });
+    const { parser } = this.#settings;
+    const data = [name, ...args];
+    if (!parser) return this.#send({ type: "packet", opts: toWire(this.#opts), data });
+    const encoder = new parser.Encoder();
+    return this.#add(this.#routes.packets(this.#opts), encoder.encode({ type: EVENT, nsp: this.#routes.nsp, data }));
   }
 
   socketsJoin(rooms: Rooms): void {
+    this.#routes.joinFromAfar([rooms].flat());
     this.#send({ type: "join", opts: toWire(this.#opts), rooms: [rooms].flat() });
   }
 
@@ -702,277 +824,662 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
   }
 
   /**
-   * Resolves when the broker has confirmed everything; rejects if it has not within 5 s. Closes the connections, which all
-   * emitters derived from the same one share.
+   * Resolves when the broker has confirmed everything; rejects, with the number of packets that are left, if it has not within
+   * `closeTimeout`. Closes the connections, which all emitters derived from the same one share.
    */
   async close(): Promise<void> {
-    await this.#member.close(5_000);
+    await this.#node.close(this.#settings.closeTimeout ?? EMITTER_CLOSE_TIMEOUT);
   }
 
   #with(opts: Partial<Required<BroadcastOptions>>): Emitter<Events> {
-    return new Emitter<Events>(this.#member, this.#routes, { ...this.#opts, ...opts });
+    return new Emitter<Events>(this.#node, this.#settings, this.#routes, { ...this.#opts, ...opts });
   }
 
   #send(message: Message): true {
-    if (this.#member.closing) throw new Error("The emitter is closed");
-    this.#member.outbox.add(this.#routes.message(message), encodeValue(message));
+    return this.#add(this.#routes.message(message), encodeValue(message));
+  }
+
+  #add(to: Destination, parts: readonly unknown[]): true {
+    if (this.#node.closing) throw new Error("The emitter is closed");
+    this.#node.sender.add(to, parts);
     return true;
   }
 }
 
-// ── The member: one server's (or emitter's) place in the cluster ─────────────────────────────────────────────────────
+// ── The node: one server's (or emitter's) place in the cluster ───────────────────────────────────────────────────────
 
-/** A namespace of this server, as its member sees it. */
+/** A namespace of this server, as its node sees it: an adapter. */
 interface Tenant extends RoomOwner {
   readonly nsp: { readonly name: string };
   /** Settled when the namespace is bound and announced, or closed. */
   readonly opened: PromiseWithResolvers<void>;
-  onPackets(head: PacketsHead, frame: Frame): void;
+  /** Packets of a peer: what for, and encoded by the peer. */
+  onPackets(section: Section, packets: () => Part[][]): void;
   onMessage(message: Message, from: string): void;
-  report(error: Error): void;
+  /** Emits an `error`; false where nobody listens. */
+  report(error: Error): boolean;
+  /** Settings that must be the same on all servers. */
+  readonly shared: Shared;
 }
+
+/** Settings that must be the same on all servers, by the names that users know. */
+type Shared = Record<string, unknown>;
 
 /** Another server or emitter that has been heard of. */
 interface Peer {
   readonly uid: string;
+  readonly stream: PeerStream<Frame>;
   /** When it was last heard (ms, monotonic). */
-  seen: number;
-  /** When it last said hello (ms, monotonic), which it does once its queue is bound; -Infinity for a stranger. */
-  greeted: number;
+  heardAt: number;
+  /** When it last said hello, which it does once its queue is bound (ms, monotonic); undefined for a stranger. */
+  greetedAt?: number;
   /** What it has open; undefined until it has said so, and once its queue is gone. */
   namespaces?: Set<string> | undefined;
   /** How often that had changed, by its last hello. */
   revision: number;
-  /** The latest frames taken. */
-  readonly recent: Recent;
-  /** Up to this number nothing more is expected: it has come, was for others, or counts as lost; NaN until it is known. */
-  sure: number;
-  /** The position in its latest heartbeat. `sure` follows once the next one is not lower, for it might be forged. */
-  position: number;
-  /** Set while frames may be missing, until the peer has sent them again. */
-  gap?: Gap | undefined;
-}
-
-/** Number and CRC-32 of a frame that was taken: proves to its sender that it was this frame. */
-type Taken = [number: number, digest: number];
-
-/** The latest frames taken. The oldest makes room. */
-class Recent {
-  /** Where each number stands last in the rings. Rings, for a Map finds its first key the later, the more it has lost. */
-  readonly #places = new Map<number, number>();
-  readonly #numbers: number[] = [];
-  readonly #digests: number[] = [];
-  readonly #times: number[] = [];
-  #next = 0;
-
-  /** Whether it is new; `at` is when it was taken (ms, monotonic). */
-  add({ number, body }: Frame, at: number): boolean {
-    const digest = Bun.hash.crc32(body);
-    // Several frames may have the number, if somebody forges them.
-    const isThis = (taken: number, place: number) => taken === number && this.#digests[place] === digest;
-    if (this.#places.has(number) && this.#numbers.some(isThis)) return false;
-    const place = this.#next;
-    const oldest = this.#numbers[place];
-    if (oldest !== undefined && this.#places.get(oldest) === place) this.#places.delete(oldest);
-    this.#numbers[place] = number;
-    this.#digests[place] = digest;
-    this.#times[place] = at;
-    this.#places.set(number, place);
-    this.#next = (place + 1) % RECENT;
-    return true;
-  }
-
-  has(number: number): boolean {
-    return this.#places.has(number);
-  }
-
-  /** Whether most of what is remembered has higher numbers: it is no news. */
-  isOld(number: number): boolean {
-    if (this.#numbers.length < RECENT) return false;
-    return this.#numbers.reduce((later, taken) => later + Number(taken > number), 0) > RECENT / 2;
-  }
-
-  /** Whether a frame with a lower number was taken after that time. */
-  tookBelow(number: number, since: number): boolean {
-    return this.#numbers.some((taken, place) => taken < number && this.#times[place]! > since);
-  }
-
-  /** The latest ones with numbers below this one. */
-  evidence(below: number): Taken[] {
-    const evidence: Taken[] = [];
-    for (let i = 1; i <= this.#numbers.length && evidence.length < EVIDENCE; i++) {
-      const place = (this.#next - i + RECENT) % RECENT;
-      const number = this.#numbers[place]!;
-      if (number < below) evidence.push([number, this.#digests[place]!]);
-    }
-    return evidence;
-  }
-}
-
-/** What is asked of a peer after a gap, and what waits until it has answered. */
-interface Gap {
-  /** Of the question. */
-  id: number;
-  /** The frame that is missing, and the one that says so; undefined if only an outage is the reason, when any may be. */
-  readonly missing: number | undefined;
-  readonly seen: number | undefined;
-  /** How many frames of the answer have come; undefined before it has begun. */
-  came: number | undefined;
-  /** The first and last number that the answer covers; from Infinity, before it has begun. */
-  from: number;
-  to: number;
-  /** Frames that came in the meantime. */
-  held: Frame[];
-  heldBytes: number;
-  /** Whether they were too many to be held, so that the last ones were not. */
-  overflowed: boolean;
-  /** Since when they wait without a word of the answer. */
-  heldSince: number | undefined;
+  /** How many rooms it has bound, by its last heartbeat. */
+  rooms: number;
+  /** When it is to be asked again for what was missed (ms, monotonic). */
   askAt: number;
+  /** Settings of it that differ and have been reported. */
+  readonly differing: Set<string>;
 }
 
-interface Request {
-  readonly missing: Set<string>;
-  /** Takes an answer; true once that peer has said all. */
-  readonly take: (message: Answer, from: string) => boolean;
-  /** A peer has said all, or is gone. */
-  readonly done?: ((uid: string) => void) | undefined;
-  readonly end: (missing: number) => void;
+interface MembershipLinks {
+  /** Sends a control message to one queue or to all; resolves with whether the broker took it. */
+  tell(key: string, control: Control): Promise<boolean>;
+  /** What is said of this server in a hello. */
+  introduction(): Pick<Control & { type: "hello" }, "namespaces" | "number" | "floor" | "shared">;
+  rooms(): number;
+  newStream(uid: string): PeerStream<Frame>;
+  /** Whether both connections are up, and since when (ms, monotonic). */
+  upSince(): number | undefined;
+  /** A peer's queue is gone: nobody waits for its answers. */
+  gone(uid: string): void;
+  report(error: Error): void;
 }
 
 /** At least this long between two announcements (ms), for a thousand namespaces that open one after the other. */
 const ANNOUNCE_INTERVAL = 20;
+/** After how many ms without a word of an answer a peer is asked again for what was missed. */
+const ASK_AGAIN = 500;
+/** For how many ms after this server is back a peer's queue may not be back yet. */
+const GRACE = 2_000;
+
+/** Who else is there, with which namespaces; what each peer has sent. */
+class Membership {
+  readonly peers: Map<string, Peer> = new Map();
+  readonly #uid: string;
+  readonly #timeoutMs: number;
+  readonly #rememberMs: number;
+  readonly #links: MembershipLinks;
+  #revision = 0;
+  #announcement: Promise<boolean> | undefined;
+  #unannounced = false;
+  /** Whether the next announcement asks the others for theirs. */
+  #greets = false;
+  /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
+  #heardAt = 0;
+
+  constructor(uid: string, settings: Settings, links: MembershipLinks) {
+    this.#uid = uid;
+    this.#timeoutMs = settings.heartbeatTimeout;
+    this.#rememberMs = settings.heartbeatTimeout + settings.journal.ms;
+    this.#links = links;
+  }
+
+  /** The servers that have a namespace open, this one not counted. */
+  serversOf(nsp: string): string[] {
+    const uids: string[] = [];
+    for (const peer of this.peers.values()) if (peer.namespaces?.has(nsp)) uids.push(peer.uid);
+    return uids;
+  }
+
+  /** How many rooms are bound, on all servers. */
+  get rooms(): number {
+    let rooms = this.#links.rooms();
+    for (const peer of this.peers.values()) rooms += peer.rooms;
+    return rooms;
+  }
+
+  /** Whoever sent what the queue has just delivered; undefined for this server itself. */
+  hear(uid: string): Peer | undefined {
+    this.#heardAt = performance.now();
+    if (uid === this.#uid) return undefined;
+    let peer = this.peers.get(uid);
+    if (!peer) {
+      const stream = this.#links.newStream(uid);
+      peer = { uid, stream, heardAt: 0, revision: -1, rooms: 0, askAt: 0, differing: new Set() };
+      this.peers.set(uid, peer);
+    }
+    peer.heardAt = this.#heardAt;
+    return peer;
+  }
+
+  onHello(peer: Peer, hello: Control & { type: "hello" }): void {
+    peer.namespaces = new Set(hello.namespaces);
+    peer.revision = hello.revision;
+    peer.greetedAt = this.#heardAt;
+    peer.stream.hears(hello.number, hello.floor);
+    peer.askAt = 0; // its queue is back
+    if (hello.reply) void this.#links.tell(serverKey(peer.uid), this.#hello(false));
+    this.#compare(peer, hello.shared);
+    this.ask();
+  }
+
+  onBeat(peer: Peer, { revision, number, floor, rooms }: Control & { type: "beat" }): void {
+    peer.rooms = rooms;
+    peer.stream.hears(number, floor);
+    if (!peer.namespaces || peer.revision !== revision) void this.#links.tell(serverKey(peer.uid), this.#hello(true));
+  }
+
+  /** It has closed, having sent all up to this number. */
+  onBye(peer: Peer, number: number): void {
+    this.#gone(peer);
+    this.#giveUp(peer, "has closed", number);
+    this.peers.delete(peer.uid);
+  }
+
+  /** A message to its queue came back. */
+  onUnreachable(uid: string): void {
+    const peer = this.peers.get(uid);
+    if (!peer) return;
+    // Right after an outage its queue may just not be back yet.
+    const upSince = this.#links.upSince() ?? Infinity;
+    if ((peer.greetedAt ?? 0) < upSince && performance.now() - upSince < GRACE) return;
+    if (peer.namespaces) {
+      this.#gone(peer);
+      void this.#links.tell(ALL_SERVERS, { type: "missing", uid }); // whoever knows it may look for itself
+    }
+    this.#giveUp(peer, "has no queue any more");
+  }
+
+  /** Tells everyone who is here with what; resolves with whether that is done. One telling at a time: what changes meanwhile goes with the next. */
+  announce(greets = false): Promise<boolean> {
+    this.#unannounced = true;
+    this.#greets ||= greets;
+    this.#revision++;
+    return (this.#announcement ??= this.#announceAll());
+  }
+
+  /** Every `heartbeatInterval`. */
+  beat(): void {
+    const now = performance.now();
+    const since = this.#links.upSince();
+    for (const peer of this.peers.values()) {
+      // Measured by what the queue delivers: after an outage nobody has been silent.
+      const silence = this.#heardAt - Math.max(peer.heardAt, since ?? now);
+      if (silence <= this.#timeoutMs) continue;
+      if (peer.namespaces) this.#gone(peer);
+      this.#giveUp(peer, "is silent");
+      if (silence > this.#rememberMs) this.peers.delete(peer.uid); // it may have come back until now, and published again
+    }
+    const { number, floor } = this.#links.introduction();
+    const beat = { type: "beat" as const, revision: this.#revision, number, floor, rooms: this.#links.rooms() };
+    void this.#links.tell(ALL_SERVERS, beat);
+  }
+
+  /** This server may have missed something: each peer is asked for it. */
+  startCatchUp(): void {
+    for (const peer of this.peers.values()) {
+      peer.stream.startCatchUp();
+      peer.askAt = 0;
+    }
+  }
+
+  /** Asks each peer that may have sent what did not come, again and again: its queue may not be back yet. Returns whether any. */
+  ask(): boolean {
+    const now = performance.now();
+    let any = false;
+    for (const { uid, stream } of this.peers.values()) {
+      if (!stream.catchUp) continue;
+      any = true;
+      const peer = this.peers.get(uid);
+      if (!peer || peer.askAt > now || this.#links.upSince() === undefined) continue;
+      peer.askAt = now + ASK_AGAIN;
+      void this.#links.tell(serverKey(uid), { type: "ask", id: stream.catchUp.id, after: stream.cursor });
+    }
+    return any;
+  }
+
+  async #announceAll(): Promise<boolean> {
+    await null; // so that `#announcement` is set before it is unset
+    try {
+      while (this.#unannounced && this.#links.upSince() !== undefined) {
+        this.#unannounced = false;
+        if (!(await this.#links.tell(ALL_SERVERS, this.#hello(this.#greets)))) return false; // the next connection announces
+        this.#greets = false;
+        if (this.#unannounced) await Bun.sleep(ANNOUNCE_INTERVAL);
+      }
+      return !this.#unannounced;
+    } finally {
+      this.#announcement = undefined;
+    }
+  }
+
+  #hello(reply: boolean): Control {
+    return { type: "hello", revision: this.#revision, reply, ...this.#links.introduction() };
+  }
+
+  #gone(peer: Peer): void {
+    peer.namespaces = undefined;
+    peer.rooms = 0;
+    this.#links.gone(peer.uid);
+  }
+
+  #giveUp(peer: Peer, why: string, last?: number): void {
+    const { stream } = peer;
+    if (!stream.catchUp || (last === undefined && stream.catchUp.held.size === 0)) return;
+    const { cursor } = stream;
+    const missing = stream.giveUp(last);
+    if (last !== undefined && missing === 0) return;
+    const what = missing > 0 ? `${missing} frames` : "frames";
+    this.#links.report(new Error(`Peer ${peer.uid} ${why}: ${what} after number ${cursor ?? 0} may be lost`));
+  }
+
+  /** Reports settings that must be the same on all servers, and are not: once per peer. */
+  #compare(peer: Peer, theirs: Shared): void {
+    const { shared } = this.#links.introduction();
+    for (const [name, ours] of Object.entries(shared)) {
+      if (theirs[name] === undefined || theirs[name] === ours || peer.differing.has(name)) continue;
+      peer.differing.add(name);
+      const values = `${Bun.inspect(ours)} here and ${Bun.inspect(theirs[name])} on peer ${peer.uid}`;
+      this.#links.report(new Error(`${name} is ${values}; give all servers the same`));
+    }
+  }
+}
+
+interface Request {
+  /** Peers that have not said all. */
+  readonly owing: Set<string>;
+  /** Takes an answer; true once that peer has said all. */
+  readonly take: (message: Answer, from: string) => boolean;
+  /** A peer has said all, or is gone. */
+  readonly done?: ((uid: string) => void) | undefined;
+  readonly end: (unanswered: number) => void;
+}
+
 /** How often peers that owe an answer are asked whether they are there, in ms. */
 const PROBE_INTERVAL = 100;
-/** After how many ms a peer is asked again for what was missed. */
-const ASK_AGAIN = 500;
-/** How many ms after a queue has gone the rooms' exchanges are bound again. */
-const RENEW_AFTER = 2_000;
+
+/** Questions to peers, and who has not answered yet. */
+class Requests {
+  readonly #open = new Map<string, Request>();
+  readonly #uid: string;
+  readonly #ping: (uid: string) => void;
+  #probing: Timeout | undefined;
+  #count = 0;
+
+  constructor(uid: string, ping: (uid: string) => void) {
+    this.#uid = uid;
+    this.#ping = ping;
+  }
+
+  /** Resolves when each of `peers` has said all or is gone, or after `ms`, with how many have not. */
+  ask(
+    peers: string[],
+    ms: number,
+    send: (id: string) => void,
+    { take, done }: Pick<Request, "take" | "done">,
+  ): Promise<number> {
+    if (peers.length === 0) return Promise.resolve(0);
+    const id = `${this.#uid}.${++this.#count}`;
+    send(id); // throws if it cannot be encoded, and then there is no request
+    const { promise, resolve } = Promise.withResolvers<number>();
+    const end = (unanswered: number) => {
+      clearTimeout(timer);
+      this.#open.delete(id);
+      resolve(unanswered);
+    };
+    const request: Request = { owing: new Set(peers), take, done, end };
+    const timer = setTimeout(() => end(request.owing.size), ms);
+    this.#open.set(id, request);
+    this.#probing ??= setInterval(() => this.#probe(), PROBE_INTERVAL);
+    return promise;
+  }
+
+  onAnswer(message: Answer, from: string): void {
+    const request = this.#open.get(message.id);
+    if (request?.owing.has(from) && request.take(message, from)) this.#finish(request, from);
+  }
+
+  /** A peer is gone. */
+  gone(uid: string): void {
+    for (const request of [...this.#open.values()]) this.#finish(request, uid);
+  }
+
+  close(): void {
+    clearInterval(this.#probing);
+    for (const request of [...this.#open.values()]) request.end(request.owing.size);
+  }
+
+  #finish(request: Request, uid: string): void {
+    if (!request.owing.delete(uid)) return;
+    request.done?.(uid);
+    if (request.owing.size === 0) request.end(0);
+  }
+
+  /** The broker returns what is sent to a queue that no longer exists. */
+  #probe(): void {
+    for (const uid of new Set([...this.#open.values()].flatMap(({ owing }) => [...owing]))) this.#ping(uid);
+    if (this.#open.size > 0) return;
+    clearInterval(this.#probing);
+    this.#probing = undefined;
+  }
+}
+
 /** How many replayed frames may be unconfirmed. */
 const REPLAY_WINDOW = 64;
-/**
- * How many frames of each peer are remembered: more than the `IN_FLIGHT` bytes hold that it sends again when it has lost its
- * connection.
- */
-const RECENT = 4_096;
-/** How many of them a question names. */
-const EVIDENCE = 64;
-/** What nobody guesses. */
-const questionId = (): number => randomInt(2 ** 47);
-/** How many peers are remembered at most, so that forged ids cannot fill the memory. */
-const MAX_PEERS = 10_000;
 
-/** Owns the connections, the queue and the numbers that a server shares between all its namespaces. */
-class Member {
-  readonly uid = randomBytes(6).toString("base64url"); // 8 characters: what a frame's header has room for
-  readonly names: Names;
-  readonly outbox: Outbox;
-  /** Connected, bound and announced for the first time. */
-  readonly opened = Promise.withResolvers<void>();
-  started = false;
-  closing: Promise<void> | undefined;
-  /** What the queue of the present connection is bound to. */
+/** Answers peers that ask for what they have missed: the frames of the log, one by one, straight to the peer's queue. */
+class Replays {
+  /** The latest question of each peer, and when it was answered (ms, monotonic; Infinity until then). */
+  readonly #latest = new Map<string, { readonly id: number; readonly after: number | undefined; answeredAt: number }>();
+  readonly #running = new Set<Promise<void>>();
+  readonly #publisher: Publisher;
+  readonly #patienceMs: number;
+  readonly #tell: MembershipLinks["tell"];
+
+  constructor(publisher: Publisher, patienceMs: number, tell: MembershipLinks["tell"]) {
+    this.#publisher = publisher;
+    this.#patienceMs = patienceMs;
+    this.#tell = tell;
+  }
+
+  /** The same question again is one whose answer stands in the peer's queue behind much else, unless that takes too long. */
+  answer(uid: string, { id, after }: Control & { type: "ask" }): void {
+    const latest = this.#latest.get(uid);
+    const isSame = latest?.id === id && latest.after === after;
+    if (isSame && performance.now() - latest.answeredAt < this.#patienceMs) return;
+    const replay = this.#replay(uid, id, after).finally(() => this.#running.delete(replay));
+    this.#running.add(replay);
+  }
+
+  gone(uid: string): void {
+    this.#latest.delete(uid);
+  }
+
+  async finished(): Promise<void> {
+    await Promise.all(this.#running);
+  }
+
+  async #replay(uid: string, id: number, after: number | undefined): Promise<void> {
+    const question = { id, after, answeredAt: Infinity };
+    this.#latest.set(uid, question);
+    const publisher = this.#publisher;
+    publisher.expire();
+    const { log, number: to } = publisher;
+    const from = Math.max((after ?? 0) + 1, log.first);
+    let taken = this.#tell(serverKey(uid), { type: "begin", id, from, to });
+    for (let number = from; number <= to; number++) {
+      if ((number - from) % REPLAY_WINDOW === 0 && !(await taken)) break;
+      if (this.#latest.get(uid) !== question) return; // it has asked anew, or is gone
+      const body = log.get(number);
+      if (!body) break; // overwritten meanwhile: it asks again
+      taken = publisher.sendNow(serverKey(uid), body, true);
+    }
+    if (await taken) question.answeredAt = performance.now();
+    else if (this.#latest.get(uid) === question) this.#latest.delete(uid);
+  }
+}
+
+/** Who hears of an error. */
+interface Listeners {
+  /** Hands the error on; false where nobody listens. */
+  report(error: Error): boolean;
+}
+
+/** What a user should know: handed to all listeners, and where there are none to the process, once per kind and outage. */
+class Reports {
+  last: Error | undefined;
+  readonly #listeners: () => Iterable<Listeners>;
+  readonly #warned = new Set<string>();
+
+  constructor(listeners: () => Iterable<Listeners>) {
+    this.#listeners = listeners;
+  }
+
+  report(error: Error): void {
+    this.last = error;
+    debug("%s", error.message);
+    // In a turn of its own: a listener that is added right after the adapter was made hears of a connection that fails at once.
+    queueMicrotask(() => {
+      const heard = [...this.#listeners()].map((listener) => listener.report(error));
+      if (heard.includes(true)) return;
+      const kind = kindOf(error);
+      if (this.#warned.has(kind)) return;
+      this.#warned.add(kind);
+      process.emitWarning(`${error.message} (listen for "error" on the adapter, or pass onError)`, "SocketIoAmqp");
+    });
+  }
+
+  /** What is said from here on is news. */
+  outageEnds(): void {
+    this.#warned.clear();
+  }
+}
+
+/** Drops are reported together, this many ms after the first. */
+const DROP_REPORT = 1_000;
+/** From this version of RabbitMQ on the keys of a message are looked up; before, several keys made it scan all bindings. */
+const LOOKS_KEYS_UP = "3.11.0";
+/** How many bindings are cheap to scan. */
+const FEW_BINDINGS = 500;
+/** What the header and a replay add to a packet, at most (bytes). */
+const OVERHEAD = 768;
+
+interface SenderLinks {
+  /** How many other servers have a namespace open, and how many rooms are bound on all of them. */
+  servers(nsp: string): number;
+  rooms(): number;
+  /** A message to one server's queue came back: there is no such queue. */
+  unreachable(uid: string): void;
+  /** The broker takes messages, at the start and after each outage. */
+  ready(): void;
+  report(error: Error): void;
+}
+
+/** The publishing connection, and the publisher on it. */
+class Sender {
+  readonly publisher: Publisher;
+  readonly connection: Connection;
+  dropped = 0;
+  #reportedDropped = 0;
+  #dropReport: Timeout | undefined;
+  #flushing: Timeout | undefined;
+  #scheduled = false;
+  #looksKeysUp = false;
+  #maxKeyBytes = 0;
+  readonly #uid: string;
+  readonly #settings: Settings;
+  readonly #names: Names;
+  readonly #links: SenderLinks;
+
+  constructor(uid: string, settings: Settings, names: Names, links: SenderLinks) {
+    this.#uid = uid;
+    this.#settings = settings;
+    this.#names = names;
+    this.#links = links;
+    const facts: RoutingFacts = {
+      servers: links.servers,
+      severalKeys: () => this.#looksKeysUp || links.rooms() <= FEW_BINDINGS,
+      maxKeyBytes: () => this.#maxKeyBytes,
+    };
+    this.publisher = new Publisher(uid, settings, facts, {
+      dropped: (packets) => this.#drop(packets),
+      flushIn: (ms) => {
+        this.#flushing ??= setTimeout(() => {
+          this.#flushing = undefined;
+          this.publisher.flush();
+        }, ms);
+      },
+    });
+    this.connection = new Connection("publishing", settings, links.report, {
+      up: (model, lose) => this.#up(model, lose),
+      down: (error: BrokerError) => {
+        // A message that is larger than the broker or the connection allows would close the next channel as well.
+        const isTooLarge = (error.code === 406 && error.classId === 60) || error.code === 501;
+        const size = isTooLarge ? this.publisher.giveUpLargest() : 0;
+        if (size > 0)
+          links.report(new RangeError(`A frame of ${size} bytes was refused: ${error.message}; lower maxPayload`));
+        this.publisher.down();
+      },
+      live: links.ready,
+    });
+  }
+
+  /** A packet for a destination. Volatile ones are dropped while the broker is away. */
+  add(to: Destination, parts: readonly unknown[]): void {
+    const packet = parts.map(partOf);
+    let bytes = 0;
+    for (const part of packet) bytes += part.length;
+    const { maxPayload } = this.#settings;
+    if ((to.head.length + bytes) * 3 + OVERHEAD > maxPayload) {
+      const size = packet.reduce((sum, part) => sum + Buffer.byteLength(part), OVERHEAD + Buffer.byteLength(to.head));
+      if (size > maxPayload)
+        return this.#links.report(
+          new RangeError(`A packet of ${size} bytes was not sent: maxPayload is ${maxPayload} bytes`),
+        );
+    }
+    this.publisher.add(to, packet, bytes);
+    if (this.#scheduled) return;
+    this.#scheduled = true;
+    queueMicrotask(this.#flush);
+  }
+
+  control(key: string, control: Control): Promise<boolean> {
+    return this.publisher.sendNow(key, controlFrame(this.#uid, control));
+  }
+
+  /** Sends the rest and a goodbye, as far as that takes no longer than `ms`; gives the number of packets that are left. */
+  async close(ms: number): Promise<number> {
+    await within(ms, this.publisher.drained());
+    const left = this.publisher.unconfirmedPackets;
+    const bye = this.control(ALL_SERVERS, { type: "bye", number: this.publisher.number });
+    if (left === 0) await within(CLOSE_PATIENCE, bye);
+    clearTimeout(this.#flushing);
+    this.#reportDrops();
+    return left;
+  }
+
+  readonly #flush = (): void => {
+    this.#scheduled = false;
+    this.publisher.flush();
+  };
+
+  async #up(model: AmqpConnection, lose: Lose): Promise<void> {
+    const channel = watched(await model.createConfirmChannel(), lose);
+    channel.on("return", ({ fields }) => this.#links.unreachable(fields.routingKey.slice(ALL_SERVERS.length)));
+    const emitter: NodeJS.EventEmitter = model;
+    emitter.on("blocked", (reason: string) => {
+      this.publisher.block(true);
+      this.#links.report(new Error(`The broker blocks publishing: ${reason}`));
+    });
+    emitter.on("unblocked", () => {
+      this.publisher.block(false);
+      this.#links.ready();
+    });
+    await declare(channel, this.#names);
+    this.#looksKeysUp = Bun.semver.order(brokerVersion(model), LOOKS_KEYS_UP) >= 0;
+    this.#maxKeyBytes = frameMax(model) - HEADER_RESERVE;
+    this.publisher.up((message, confirmed) => this.#transmit(channel, lose, message, confirmed));
+  }
+
+  #transmit(
+    channel: ConfirmChannel,
+    lose: Lose,
+    { keys: [key = "", ...CC], body, direct, again }: Outgoing,
+    confirmed: (outcome: Outcome) => void,
+  ): void {
+    const options: Options.Publish = direct ? { mandatory: key !== ALL_SERVERS } : {};
+    if (CC.length > 0) options.CC = CC;
+    if (again) options.type = AGAIN;
+    try {
+      channel.publish(direct ? this.#names.keys : this.#names.main, key, body, options, (error: Error | null) =>
+        confirmed(!error ? "taken" : error.message === NACKED ? "refused" : "lost"),
+      );
+    } catch (error) {
+      lose(asError(error)); // the channel has just closed
+    }
+  }
+
+  #drop(packets: number): void {
+    this.dropped += packets;
+    this.#dropReport ??= setTimeout(() => this.#reportDrops(), DROP_REPORT);
+  }
+
+  #reportDrops(): void {
+    clearTimeout(this.#dropReport);
+    this.#dropReport = undefined;
+    const packets = this.dropped - this.#reportedDropped;
+    this.#reportedDropped = this.dropped;
+    if (packets === 0) return;
+    const { maxQueued, journal } = this.#settings;
+    this.#links.report(
+      new Error(
+        `Dropped ${packets} packets that waited: at most ${maxQueued} bytes, and ${journal.ms} ms without a broker`,
+      ),
+    );
+  }
+}
+
+/** amqplib's word for a message that the broker did not take. */
+const NACKED = "message nacked";
+/** The AMQP type of a frame that its receiver has asked for again. */
+const AGAIN = "again";
+
+interface ReceiverLinks {
+  frame(frame: Frame, again: boolean): void;
+  /** A connection is being opened after one that was lost. */
+  isBack(): void;
+  /** The queue gets everything. */
+  live(): void;
+  report(error: Error): void;
+}
+
+/** The consuming connection: the queue, what it is bound to, and what it delivers. */
+class Receiver {
+  readonly connection: Connection;
+  readonly #uid: string;
+  readonly #settings: Settings;
+  readonly #names: Names;
+  readonly #tenants: ReadonlyMap<string, Tenant>;
+  readonly #links: ReceiverLinks;
   #topology: Topology | undefined;
   /** Resolves when the connection that is being opened is live or has failed. */
   #opening: PromiseWithResolvers<void> | undefined;
-  readonly #tenants = new Map<string, Tenant>();
-  readonly #peers = new Map<string, Peer>();
-  /** Those of them that have a gap. */
-  readonly #gapped = new Set<Peer>();
-  readonly #requests = new Map<number, Request>();
-  /** The latest question of each peer, and when it had been answered (ms, monotonic; Infinity until then). */
-  readonly #replaying = new Map<string, { readonly id: number; endedAt: number }>();
-  /** What is being sent again: a closing server finishes it. */
-  readonly #replays = new Set<Promise<void>>();
+  /** How often a queue was made. */
+  #generation = 0;
   /** Senders whose version has been reported. */
   readonly #reportedVersions = new Set<string>();
-  readonly #consuming: Link;
-  readonly #publishing: Link;
-  #ids = 0;
-  /** How often the queue was made, and the set of namespaces changed. */
-  #generation = 0;
-  #revision = 0;
-  #announcement: Promise<void> | undefined;
-  #unannounced = false;
-  /** Whether the next announcement asks the others for theirs. */
-  #greeting = false;
-  /** When the queue last delivered something (ms, monotonic); NaN before the first connection. */
-  #heard = NaN;
-  /**
-   * When this server was back after an outage (ms, monotonic), and Infinity until it is: for a journal's time, strangers may
-   * have been missed.
-   */
-  #back: number | undefined;
-  #heartbeat: Timeout | undefined;
-  #probing: Timeout | undefined;
-  #renewal: Timeout | undefined;
-  /** Whether another queue has gone since that timer was set. */
-  #renewAgain = false;
-  #asking: Timeout | undefined;
-  #counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0 };
-  #lostOfPeers = 0;
-  #lastError: Error | undefined;
 
   constructor(
-    readonly settings: Settings,
-    readonly onError?: (error: Error) => void,
+    uid: string,
+    settings: Settings,
+    names: Names,
+    tenants: ReadonlyMap<string, Tenant>,
+    links: ReceiverLinks,
   ) {
-    this.names = new Names(settings.prefix);
-    this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
-    const report = (error: Error) => this.#report(error);
-    const settled = () => {
-      this.#greeting = true;
-      void this.#announce();
-      this.#ask();
-    };
-    // Not in amqplib's turn: it would answer a user's callback that throws by closing the channel.
-    const unreachable = (uid: string) => queueMicrotask(() => this.#unreachable(uid));
-    this.outbox = new Outbox(this.uid, this.names, settings, { report, unreachable, ready: settled });
-    this.#consuming = new Link("consuming", settings.prefix, settings.amqpConnection, report, {
-      up: (model, lose) => this.#consume(model, lose),
-      settled,
+    this.#uid = uid;
+    this.#settings = settings;
+    this.#names = names;
+    this.#tenants = tenants;
+    this.#links = links;
+    this.connection = new Connection("consuming", settings, links.report, {
+      up: (model, lose) => this.#up(model, lose),
       down: () => {
         this.#topology?.end();
         this.#topology = undefined;
         this.#opening?.resolve();
         this.#opening = undefined;
       },
+      live: links.live,
     });
-    this.#publishing = new Link("publishing", settings.prefix, settings.amqpConnection, report, {
-      up: (model, lose) => this.outbox.up(model, lose),
-      settled,
-      down: (error) => this.outbox.down(error),
-    });
-  }
-
-  get stats(): Omit<AdapterStats, "rooms"> {
-    const reconnects = (link: Link) => Math.max(0, link.connects - 1);
-    return {
-      connected: this.#consuming.connected && this.#publishing.connected,
-      ...this.#counts,
-      ...this.outbox.stats,
-      lost: this.#lostOfPeers + this.outbox.dropped,
-      reconnects: { consuming: reconnects(this.#consuming), publishing: reconnects(this.#publishing) },
-      lastError: this.#lastError,
-    };
   }
 
   start(): void {
-    this.started = true;
     this.#opening = Promise.withResolvers<void>();
-    this.#consuming.start();
-    this.#publishing.start();
-    this.#heartbeat = setInterval(() => this.#beat(), this.settings.heartbeatInterval);
-  }
-
-  /** A namespace opens. The first one starts the connections. */
-  join(tenant: Tenant): void {
-    if (this.closing) return tenant.opened.reject(new Error("The server has been closed"));
-    const replaced = this.#tenants.get(tenant.nsp.name);
-    this.#tenants.set(tenant.nsp.name, tenant);
-    if (!this.started) return this.start();
-    for (const key of replaced?.keys() ?? []) void this.follow(key);
-    void Promise.resolve(this.follow(tenant.key)).then(() => this.#announce());
+    this.connection.start();
   }
 
   /**
@@ -983,11 +1490,198 @@ class Member {
     return this.#topology ? this.#topology.follow(key) : this.#opening?.promise;
   }
 
-  /** How many of these keys are bound. */
-  countBound(keys: Iterable<string>): number {
+  isLive(key: string): boolean {
+    return this.#topology?.bindings.isLive(key) ?? false;
+  }
+
+  /** How many of these keys are bound; of all if none are given. */
+  countBound(keys?: Iterable<string>): number {
+    const bound = this.#topology?.bindings.bound;
+    if (!bound || !keys) return bound?.size ?? 0;
     let count = 0;
-    for (const key of keys) if (this.#topology?.bindings.bound.has(key)) count++;
+    for (const key of keys) if (bound.has(key)) count++;
     return count;
+  }
+
+  readonly isBound = (digest: number): boolean => this.#topology?.bindings.digests.has(digest) ?? false;
+
+  renew(): void {
+    void this.#topology?.renew();
+  }
+
+  async close(patienceMs: number): Promise<void> {
+    await within(patienceMs, this.#topology?.close() ?? Promise.resolve());
+    await this.connection.close();
+  }
+
+  /** An error about a message: one that cannot be read costs no other. */
+  reportUnreadable(error: Error, source: string): void {
+    if (error instanceof UnknownVersion) {
+      if (this.#reportedVersions.has(error.sender) || this.#reportedVersions.size >= MAX_REPORTED) return;
+      this.#reportedVersions.add(error.sender);
+    }
+    const what = error instanceof FrameError ? "Dropped" : "Failed to handle a message:";
+    this.#links.report(new Error(`${what} ${error.message} (${source})`, { cause: error }));
+  }
+
+  /** Everything that the consuming connection needs, at the start and after each loss. */
+  async #up(model: AmqpConnection, lose: Lose): Promise<void> {
+    this.#opening ??= Promise.withResolvers<void>();
+    const { queueArguments, roomExchanges } = this.#settings;
+    const before = this.#names.queue(this.#uid, this.#generation);
+    if (this.#generation > 0) this.#links.isBack();
+    // A new name each time: after a half-open link the broker may still hold the old queue.
+    const queue = this.#names.queue(this.#uid, ++this.#generation);
+    const bindings = new Bindings(this.#tenants, mayHaveRoomExchanges(model, roomExchanges));
+    const topology = new Topology(model, lose, this.#names, queue, bindings);
+    await topology.open(before, [ALL_SERVERS, serverKey(this.#uid)], queueArguments, (message) => {
+      if (message) this.#receive(message);
+      else lose(new Error(`The queue ${queue} was deleted`));
+    });
+    this.#topology = topology;
+    this.#opening?.resolve();
+    this.#opening = undefined;
+  }
+
+  #receive({ content, fields, properties }: ConsumeMessage): void {
+    try {
+      const { maxPayload } = this.#settings;
+      if (content.length > maxPayload)
+        throw new FrameError(`a message of ${content.length} bytes; maxPayload is ${maxPayload} bytes`);
+      const { contentType, headers, type } = properties;
+      if (typeof contentType === "string" && contentType.startsWith("application/json"))
+        this.#onForeign(content, fields, headers?.["CC"]);
+      else this.#links.frame(readFrame(content), type === AGAIN);
+    } catch (error) {
+      this.reportUnreadable(asError(error), `exchange ${fields.exchange}, routing key ${fields.routingKey}`);
+    }
+  }
+
+  /** An event from any AMQP client: the routing keys, or the room's exchange, name the rooms. */
+  #onForeign(content: Buffer, { exchange, routingKey }: ConsumeMessage["fields"], cc: unknown): void {
+    const data = parseJson(content.toString(), NAMED_ARRAY);
+    if (!Array.isArray(data)) throw new FrameError("application/json that is no array");
+    const isRoomExchange = exchange !== this.#names.main && exchange !== this.#names.keys;
+    const keys = isRoomExchange
+      ? (this.#topology?.bindings.viaExchange() ?? []).filter((key) => this.#names.roomExchange(key) === exchange)
+      : [routingKey, ...(Array.isArray(cc) ? cc.map(String) : [])];
+    for (const tenant of this.#tenants.values()) {
+      const isForAll = keys.includes(tenant.key);
+      const rooms = isForAll ? [] : keys.flatMap((key) => tenant.roomsUnder(key));
+      if (!isForAll && rooms.length === 0) continue;
+      tenant.onMessage({ type: "packet", opts: { rooms, except: [], flags: {} }, data }, "");
+    }
+  }
+}
+
+/** So many senders of an unknown version are remembered. */
+const MAX_REPORTED = 1_000;
+/** How many ms after a queue has gone the rooms' exchanges are bound again. */
+const RENEW_AFTER = 2_000;
+
+/** Wires the parts of one server together, or of one emitter. A server's namespaces share it. */
+class Node {
+  readonly uid: string = randomBytes(6).toString("base64url"); // 8 characters: what a frame's header has room for
+  readonly settings: Settings;
+  readonly sender: Sender;
+  readonly receiver: Receiver;
+  readonly membership: Membership;
+  readonly requests: Requests;
+  /** Connected, bound and announced for the first time. */
+  readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
+  closing: Promise<void> | undefined;
+  readonly #tenants = new Map<string, Tenant>();
+  readonly #routes = new Map<string, Routes>();
+  readonly #replays: Replays;
+  readonly #reports: Reports;
+  readonly #counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0, lost: 0 };
+  /** When this server was last away from the broker (ms, monotonic). */
+  #awayAt = -Infinity;
+  #heartbeat: Timeout | undefined;
+  #asking: Timeout | undefined;
+  #renewal: Timeout | undefined;
+
+  constructor(settings: Settings, onError?: (error: Error) => void) {
+    const { uid } = this;
+    this.settings = settings;
+    this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
+    const listeners = onError ? [{ report: (error: Error) => (queueMicrotask(() => onError(error)), true) }] : [];
+    this.#reports = new Reports(() => [...listeners, ...this.#tenants.values()]);
+    const names = new Names(settings.prefix);
+    this.sender = new Sender(uid, settings, names, {
+      servers: (nsp) => this.membership.serversOf(nsp).length,
+      rooms: () => this.membership.rooms,
+      // Not in amqplib's turn: it would answer a user's callback that throws by closing the channel.
+      unreachable: (peer) => queueMicrotask(() => this.membership.onUnreachable(peer)),
+      ready: () => this.#ready(),
+      report: this.report,
+    });
+    this.receiver = new Receiver(uid, settings, names, this.#tenants, {
+      frame: (frame, again) => this.#onFrame(frame, again),
+      isBack: () => {
+        if (this.#tenants.size > 0) this.membership.startCatchUp(); // an emitter takes no packets
+        this.#awayAt = performance.now();
+      },
+      live: () => this.#ready(),
+      report: this.report,
+    });
+    const tell = (key: string, control: Control) => this.sender.control(key, control);
+    this.membership = new Membership(uid, settings, {
+      tell,
+      introduction: () => this.#introduction(),
+      rooms: () => this.receiver.countBound(),
+      newStream: (peer) => this.#newStream(peer),
+      upSince: () => this.#upSince,
+      gone: (peer) => this.#gone(peer),
+      report: this.report,
+    });
+    this.requests = new Requests(uid, (peer) => void tell(serverKey(peer), { type: "ping" }));
+    this.#replays = new Replays(this.sender.publisher, settings.heartbeatTimeout, tell);
+  }
+
+  get stats(): Omit<AdapterStats, "rooms"> {
+    const { publisher, dropped, connection } = this.sender;
+    return {
+      connected: this.#upSince !== undefined,
+      framesSent: publisher.framesSent,
+      packetsSent: publisher.packetsSent,
+      ...this.#counts,
+      dropped,
+      queued: publisher.batcher.size,
+      queuedBytes: publisher.batcher.bytes,
+      journalBytes: publisher.log.bytes,
+      unconfirmed: publisher.unconfirmed,
+      reconnects: { consuming: this.receiver.connection.reconnects, publishing: connection.reconnects },
+      lastError: this.#reports.last,
+    };
+  }
+
+  readonly report = (error: Error): void => this.#reports.report(error);
+
+  start(): void {
+    if (this.#heartbeat) return;
+    this.receiver.start();
+    this.sender.connection.start();
+    this.#heartbeat = setInterval(() => {
+      this.sender.publisher.expire();
+      this.membership.beat();
+    }, this.settings.heartbeatInterval);
+  }
+
+  routes(nsp: string): Routes {
+    let routes = this.#routes.get(nsp);
+    if (!routes) this.#routes.set(nsp, (routes = new Routes(nsp, this.settings.socketRooms === "bound")));
+    return routes;
+  }
+
+  /** A namespace opens. The first one starts the connections. */
+  join(tenant: Tenant): void {
+    if (this.closing) return tenant.opened.reject(new Error("The server has been closed"));
+    const replaced = this.#tenants.get(tenant.nsp.name);
+    this.#tenants.set(tenant.nsp.name, tenant);
+    this.start();
+    for (const key of replaced?.keys() ?? []) void this.receiver.follow(key);
+    void Promise.resolve(this.receiver.follow(tenant.key)).then(() => this.#announce());
   }
 
   /** A namespace closes. The last one closes the connections. */
@@ -996,19 +1690,16 @@ class Member {
     tenant.opened.reject(new Error(`The adapter of ${name} was closed before it was ready`));
     if (this.#tenants.get(name) !== tenant) return; // it has been replaced
     if (this.#tenants.size === 1) {
-      const patience = this.#publishing.connected ? this.settings.requestsTimeout : 0;
-      await this.close(patience).catch((error) => this.#report(asError(error)));
+      const patience = this.sender.connection.upSince === undefined ? 0 : this.settings.requestsTimeout;
+      await this.close(patience).catch((error) => this.report(asError(error)));
+      await null; // what was reported reaches its listeners
       this.#tenants.delete(name);
       return;
     }
     this.#tenants.delete(name);
-    for (const key of [tenant.key, ...tenant.keys()]) void this.follow(key);
+    this.#routes.delete(name);
+    for (const key of [tenant.key, ...tenant.keys()]) void this.receiver.follow(key);
     await this.#announce();
-  }
-
-  /** The namespaces that are open here. */
-  get namespaces(): string[] {
-    return this.closing ? [] : [...this.#tenants.keys()];
   }
 
   /** Waits up to `ms` for the broker to confirm what was sent; rejects if it has not. Leaves nothing on the broker. */
@@ -1017,735 +1708,967 @@ class Member {
   }
 
   async #close(ms: number): Promise<void> {
-    for (const timer of [this.#heartbeat, this.#probing, this.#asking, this.#renewal]) clearInterval(timer);
-    for (const request of [...this.#requests.values()]) request.end(request.missing.size);
-    try {
-      const start = performance.now();
-      await within(ms, Promise.all(this.#replays)); // what a peer has missed goes with this server
-      await this.outbox.close(Math.max(0, ms - (performance.now() - start)));
-    } finally {
-      await within(UNBIND_PATIENCE, this.#topology?.close() ?? Promise.resolve());
-      await this.#consuming.close();
-      await this.#publishing.close();
-      this.opened.reject(new Error("Closed before it was ready"));
-    }
+    const until = performance.now() + ms;
+    for (const timer of [this.#heartbeat, this.#asking, this.#renewal]) clearInterval(timer);
+    this.requests.close();
+    await within(ms, this.#replays.finished()); // what a peer has missed goes with this server
+    const left = await this.sender.close(until - performance.now());
+    await Promise.all([this.receiver.close(left > 0 ? 0 : UNBIND_PATIENCE), this.sender.connection.close()]);
+    this.opened.reject(new Error("Closed before it was ready"));
+    if (left > 0) throw new Error(`Closed before the broker had confirmed ${left} packets`);
   }
 
-  #report(error: Error): void {
-    this.#lastError = error;
-    debug("[%s] %s", this.uid, error.message);
-    const { onError } = this;
-    if (onError) queueMicrotask(() => onError(error)); // what it throws is the user's
-    for (const tenant of this.#tenants.values()) tenant.report(error);
+  /** Since when both connections are up (ms, monotonic); undefined while one is not. */
+  get #upSince(): number | undefined {
+    const [consuming, publishing] = [this.receiver.connection.upSince, this.sender.connection.upSince];
+    return consuming === undefined || publishing === undefined ? undefined : Math.max(consuming, publishing);
   }
 
-  // What the queue delivers.
-
-  /** Everything that the consuming connection needs, at the start and after each loss. */
-  async #consume(model: AmqpConnection, lose: Lose): Promise<void> {
-    this.#opening ??= Promise.withResolvers<void>();
-    // A new name each time: after a half-open link the broker may still hold the old queue.
-    const queue = this.names.queue(this.uid, ++this.#generation);
-    if (!Number.isNaN(this.#heard)) {
-      this.#back = Infinity;
-      for (const peer of this.#peers.values()) this.#miss(peer);
-    }
-    const { queueArguments, roomExchanges } = this.settings;
-    const bindings = new Bindings(this.#tenants, mayHaveRoomExchanges(model, roomExchanges));
-    const topology = new Topology(model, lose, this.names, queue, bindings);
-    const before = this.names.queue(this.uid, this.#generation - 1);
-    await topology.open(before, [ALL_SERVERS, serverKey(this.uid)], queueArguments, (message) => {
-      if (message) this.#receive(message);
-      else lose(new Error(`The queue ${queue} was deleted`));
-    });
-    this.#topology = topology;
-    this.#opening?.resolve();
-    this.#opening = undefined;
-    this.#heard = performance.now();
-    if (this.#back === undefined) return;
-    this.#back = this.#heard;
-    this.#renew();
+  #live(): Tenant[] {
+    return this.closing ? [] : [...this.#tenants.values()].filter(({ key }) => this.receiver.isLive(key));
   }
 
-  #receive({ content, fields, properties }: ConsumeMessage): void {
-    this.#heard = performance.now();
-    try {
-      const { maxPayload } = this.settings;
-      if (content.length > maxPayload && content[1] !== Kind.Control)
-        throw new FrameError(`a message of ${content.length} bytes; maxPayload is ${maxPayload} bytes`);
-      if (/^application\/json\b/.test(properties.contentType ?? ""))
-        this.#onForeign(content, fields, properties.headers?.["CC"]);
-      else this.#onFrame(readFrame(content));
-    } catch (error) {
-      this.#reportUnreadable(asError(error), `exchange ${fields.exchange}, routing key ${fields.routingKey}`);
-    }
+  #introduction() {
+    const { number, floor } = this.sender.publisher;
+    const [tenant] = this.#tenants.values();
+    return { namespaces: this.#live().map(({ nsp }) => nsp.name), number, floor, shared: tenant?.shared ?? {} };
   }
 
-  #reportUnreadable(error: Error, source: string): void {
-    if (error instanceof UnknownVersion) {
-      if (this.#reportedVersions.has(error.sender) || this.#reportedVersions.size >= MAX_PEERS) return;
-      this.#reportedVersions.add(error.sender);
-    }
-    const what = error instanceof FrameError ? "Dropped" : "Failed to handle a message:";
-    this.#report(new Error(`${what} ${error.message} (${source})`, { cause: error }));
+  /** A connection is up, at the start or after a loss, or no longer blocked. */
+  #ready(): void {
+    if (this.#upSince === undefined) return;
+    this.#reports.outageEnds();
+    void this.#announce(true);
+    this.#ask();
   }
 
-  /** An event from any AMQP client: the routing keys, or the room's exchange, name the rooms. */
-  #onForeign(content: Buffer, { exchange, routingKey }: ConsumeMessage["fields"], cc: unknown): void {
-    const data = parseJson(content.toString(), NAMED_ARRAY);
-    if (!Array.isArray(data)) throw new FrameError("application/json that is no array");
-    const isRoomExchange = exchange !== this.names.main && exchange !== this.names.keys;
-    const keys = isRoomExchange
-      ? this.#topology?.bindings.viaExchange().filter((key) => this.names.roomExchange(key) === exchange)
-      : [routingKey, ...(Array.isArray(cc) ? cc.map(String) : [])];
-    for (const tenant of this.#tenants.values()) {
-      const rooms = keys?.includes(tenant.key) ? [] : keys?.flatMap((key) => tenant.roomsUnder(key));
-      if (keys?.includes(tenant.key) || rooms?.length)
-        tenant.onMessage({ type: "packet", opts: { rooms: rooms ?? [], except: [], flags: {} }, data }, "");
-    }
+  async #announce(greets = false): Promise<void> {
+    const live = this.#live();
+    if (await this.membership.announce(greets)) for (const { opened } of [...live, this]) opened.resolve();
   }
 
-  #onFrame(frame: Frame): void {
-    if (frame.sender === this.uid) return;
-    const peer = this.#peer(frame.sender);
-    peer.seen = this.#heard;
-    if (frame.kind === Kind.Control) return this.#onControl(peer, frame);
-    this.#hold(peer, frame);
+  /** Peers are asked for what was missed, until all have answered. */
+  #ask(): void {
+    if (this.closing || !this.membership.ask()) {
+      clearInterval(this.#asking);
+      this.#asking = undefined;
+    } else this.#asking ??= setInterval(() => this.#ask(), ASK_AGAIN);
   }
 
-  /** Takes a frame, or keeps it while something before it may be missing. */
-  #hold(peer: Peer, frame: Frame): void {
-    if (!peer.gap) {
-      const missing = this.#missingBefore(peer, frame);
-      if (missing === undefined) return this.#take(peer, frame);
-      this.#miss(peer, missing, frame.number);
-    }
-    const { gap } = peer;
-    if (!gap) return this.#take(peer, frame);
-    gap.heldSince ??= this.#heard;
-    gap.overflowed ||= gap.heldBytes + frame.body.length > this.settings.journal.bytes;
-    if (gap.overflowed) return; // the peer still has it, and is asked again
-    gap.held.push(frame);
-    gap.heldBytes += frame.body.length;
-  }
-
-  /**
-   * The lowest number that this frame names as a predecessor, which should have come to this queue and has not. Where nodes
-   * of a RabbitMQ cluster lose touch, one publisher's messages may come in another order, or not at all.
-   */
-  #missingBefore({ recent, sure, greeted }: Peer, frame: Frame): number | undefined {
-    if (greeted === -Infinity) return undefined; // nobody to ask
-    let missing: number | undefined;
-    const { body } = frame;
-    const end = headStartOf(body);
-    for (let offset = HEADER + body.readUInt32BE(24) * 4; offset < end; offset += 8) {
-      const number = frame.number - body.readUInt32BE(offset);
-      if (number <= sure || recent.has(number)) continue;
-      const since = this.#topology?.bindings.since.get(body.readUInt32BE(offset + 4));
-      if (since === undefined) continue;
-      // Only if something older has come since the queue was bound: else it may have been sent before that.
-      if (recent.tookBelow(number, since)) missing = number; // the nearest stands first
-    }
-    return missing === undefined || recent.isOld(frame.number) ? undefined : missing;
-  }
-
-  /** Takes a frame, unless it has come before. */
-  #take(peer: Peer, frame: Frame, again = false): void {
-    if (!peer.recent.add(frame, this.#heard)) return void this.#counts.duplicates++;
-    if (again) this.#counts.replayed++;
-    if (Number.isNaN(peer.sure)) peer.sure = frame.number;
-    this.#counts.framesReceived++;
-    this.#counts.packetsReceived += frame.packets;
-    if (frame.kind === Kind.Packets) {
-      const head = packetsHead(frame.head);
-      this.#tenants.get(head.nsp)?.onPackets(head, frame);
-      return;
-    }
-    const tenant = this.#tenants.get(frame.head);
-    for (const parts of tenant ? packetsOf(frame) : []) {
-      try {
-        tenant?.onMessage(asMessage(decodeValue(parts)), frame.sender);
-      } catch (error) {
-        this.#reportUnreadable(asError(error), `peer ${peer.uid}`); // the next one has done nothing wrong
-      }
-    }
-  }
-
-  // Peers: who is there, and with which namespaces.
-
-  /** The servers that have a namespace open, this one not counted. */
-  peersOf(nsp: string): string[] {
-    const uids: string[] = [];
-    for (const peer of this.#peers.values()) if (peer.namespaces?.has(nsp)) uids.push(peer.uid);
-    return uids;
-  }
-
-  #peer(uid: string): Peer {
-    let peer = this.#peers.get(uid);
-    if (!peer) {
-      if (this.#peers.size >= MAX_PEERS) this.#forgetSome();
-      peer = {
-        uid,
-        recent: new Recent(),
-        sure: NaN,
-        position: NaN,
-        seen: this.#heard,
-        greeted: -Infinity,
-        revision: -1,
-      };
-      this.#peers.set(uid, peer);
-      if (this.#back !== undefined) this.#miss(peer); // it may have come during the outage
-    }
-    return peer;
-  }
-
-  /** Forgets a tenth: strangers first, then who has been silent the longest. */
-  #forgetSome(): void {
-    const isKnown = ({ greeted }: Peer) => Number(greeted > -Infinity);
-    const ranked = [...this.#peers.values()].toSorted((a, b) => isKnown(a) - isKnown(b) || a.seen - b.seen);
-    for (const peer of ranked.slice(0, MAX_PEERS / 10)) this.#forget(peer);
-  }
-
-  #forget(peer: Peer): void {
-    this.#peers.delete(peer.uid);
-    this.#gapped.delete(peer);
-    this.#replaying.delete(peer.uid);
-  }
-
-  /** Tells everyone who is here with what. One telling at a time: what changes meanwhile goes with the next. */
-  #announce(): Promise<void> {
-    this.#unannounced = true;
-    this.#revision++;
-    return (this.#announcement ??= this.#tellAll());
-  }
-
-  async #tellAll(): Promise<void> {
-    await null; // so that `#announcement` is set before it is unset
-    try {
-      while (this.#unannounced && this.#consuming.connected && this.outbox.connected && !this.closing) {
-        this.#unannounced = false;
-        const bound = this.#bound();
-        if (!(await this.outbox.control(ALL_SERVERS, this.#hello(this.#greeting)))) return; // the next connection announces
-        this.#greeting = false;
-        for (const { opened } of [...bound, this]) opened.resolve();
-        if (this.#unannounced) await Bun.sleep(ANNOUNCE_INTERVAL);
-      }
-    } finally {
-      this.#announcement = undefined;
-    }
-  }
-
-  #bound(): Tenant[] {
-    return [...this.#tenants.values()].filter(({ key }) => this.#topology?.bindings.isLive(key));
-  }
-
-  #hello(reply: boolean): Control {
-    const namespaces = this.#bound().map(({ nsp }) => nsp.name);
-    return { type: "hello", namespaces, revision: this.#revision, reply, position: this.outbox.position };
-  }
-
-  #tell(uid: string, control: Control, attachment?: Buffer): Promise<boolean> {
-    return this.outbox.control(serverKey(uid), control, attachment);
-  }
-
-  #beat(): void {
-    const now = performance.now();
-    const { heartbeatTimeout, journal } = this.settings;
-    this.outbox.evict();
-    if (this.#back !== undefined && now - this.#back > journal.ms) this.#back = undefined;
-    for (const peer of this.#peers.values()) {
-      const silence = this.#silence(peer);
-      if (peer.namespaces && silence > heartbeatTimeout) this.#gone(peer);
-      // Kept longer than its journal lasts, for it may come back and send again what has been seen.
-      if (silence <= heartbeatTimeout + journal.ms * (1 + PAGE_SHARE)) continue;
-      this.#resume(peer, "is gone without saying what it had sent");
-      this.#forget(peer);
-    }
-    const position = this.outbox.position;
-    if (position !== undefined)
-      void this.outbox.control(ALL_SERVERS, { type: "beat", revision: this.#revision, position });
-  }
-
-  /** For how many ms a peer was not heard, by what the queue delivers, which brings this server's own heartbeats too. */
-  #silence(peer: Peer): number {
-    return this.#heard - Math.max(peer.seen, this.#back ?? 0);
-  }
-
-  #onControl(peer: Peer, frame: Frame): void {
-    const [json, attachment] = packetsOf(frame)[0] ?? [];
-    const control = asControl(parseJson(json, OBJECT));
-    switch (control.type) {
-      case "hello":
-        if (peer.gap && peer.gap.came === undefined) peer.gap.askAt = 0; // its queue is back
-        peer.namespaces = new Set(control.namespaces);
-        peer.revision = control.revision;
-        peer.greeted = this.#heard;
-        if (Number.isNaN(peer.sure) && !peer.gap) peer.sure = control.position ?? NaN; // all before was for others
-        if (control.reply) void this.#tell(peer.uid, this.#hello(false));
-        return this.#ask();
-      case "beat":
-        if (!peer.namespaces || peer.revision !== control.revision) void this.#tell(peer.uid, this.#hello(true));
-        if (peer.gap) return;
-        // It comes behind the frames that it covers. A lower one says that `sure` is forged; too low does no harm.
-        if (control.position < peer.sure) peer.sure = control.position;
-        else if (control.position >= peer.position) peer.sure = Math.max(peer.sure || 0, peer.position);
-        peer.position = control.position;
-        return;
-      case "bye":
-        return this.#gone(peer);
-      case "ping":
-        return;
-      case "missing":
-        if (this.#peers.get(control.uid)?.namespaces) void this.#tell(control.uid, { type: "ping" });
-        return;
-      case "ask": {
-        const replay = this.#replay(peer.uid, control).finally(() => this.#replays.delete(replay));
-        return void this.#replays.add(replay);
-      }
-    }
-    const { gap } = peer;
-    if (gap?.id !== control.id) return; // the answer to an earlier question
-    gap.heldSince &&= this.#heard;
-    gap.askAt = performance.now() + ASK_AGAIN;
-    switch (control.type) {
-      case "begin": {
-        // What the journal no longer holds may have come here meanwhile.
-        const early = this.#release(peer, gap, control.from);
-        const lost = control.lost - early.filter(({ number }) => number >= control.from - control.lost).length;
-        gap.came = 0;
-        gap.from = Math.min(gap.from, control.from); // an answer to the question put again goes on where the first ended
-        gap.to = Math.max(control.to, control.from - 1);
-        peer.sure = control.from - 1;
-        if (lost > 0) this.#lost(peer, lost);
-        for (const frame of early) this.#handled(peer, () => this.#take(peer, frame));
-        return;
-      }
-      case "again":
-        if (gap.came !== control.index || !(attachment instanceof Buffer)) return; // asked for again
-        gap.came++;
-        return this.#takeAgain(peer, readFrame(attachment));
-      case "end":
-        if (gap.came !== control.count) return;
-        peer.sure = gap.to;
-        this.#resume(peer);
-        if (gap.overflowed) this.#miss(peer);
-    }
-  }
-
-  /** Its queue is gone: nobody waits for it, until it says hello. */
-  #unreachable(uid: string): void {
-    this.#replaying.delete(uid);
-    const peer = this.#peers.get(uid);
-    if (peer?.gap) peer.gap.askAt = performance.now() + this.settings.heartbeatInterval; // or when it says hello
-    if (!peer?.namespaces) return;
-    // Right after an outage its queue may just not be back yet.
-    const upSince = Math.max(this.#consuming.upSince ?? Infinity, this.#publishing.upSince ?? Infinity);
-    if (peer.greeted < upSince && performance.now() - upSince < 2 * BACKOFF.limit) return;
-    this.#gone(peer);
-    void this.outbox.control(ALL_SERVERS, { type: "missing", uid });
-  }
-
-  /** A queue has gone, and with it perhaps an exchange. */
-  #renew(): void {
-    this.#renewAgain = this.#renewal !== undefined;
-    if (this.closing || this.#renewal) return;
-    this.#renewal = setTimeout(() => {
+  #gone(uid: string): void {
+    this.#replays.gone(uid);
+    this.requests.gone(uid);
+    // With its queue an exchange of a room may have gone that others have bound just then.
+    this.#renewal ??= setTimeout(() => {
       this.#renewal = undefined;
-      void this.#topology?.renew();
-      if (this.#renewAgain) this.#renew();
+      this.receiver.renew();
     }, RENEW_AFTER);
   }
 
-  #gone(peer: Peer): void {
-    if (peer.namespaces?.size) this.#renew();
-    peer.namespaces = undefined;
-    for (const request of [...this.#requests.values()]) this.#finish(request, peer.uid);
+  #newStream(uid: string): PeerStream<Frame> {
+    const stream = new PeerStream<Frame>(
+      {
+        deliver: (frame) => this.#deliver(frame),
+        replayed: () => this.#counts.replayed++,
+        duplicate: () => this.#counts.duplicates++,
+        lost: (frames) => {
+          this.#counts.lost += frames;
+          this.report(new Error(`Lost ${frames} frames of peer ${uid}: its journal no longer held them`));
+        },
+      },
+      this.settings.journal.bytes,
+    );
+    // Whoever is heard for the first time may have begun to send during an outage.
+    if (performance.now() - this.#awayAt < this.settings.journal.ms) stream.startCatchUp();
+    return stream;
   }
 
-  // Requests: a question to peers, and who has not answered yet.
-
-  /** Resolves when each of `peers` has said all or is gone, or after `ms`, with the number of those that are missing. */
-  request(
-    peers: string[],
-    ms: number,
-    send: (id: number) => void,
-    { take, done }: Pick<Request, "take" | "done">,
-  ): Promise<number> {
-    if (peers.length === 0 || this.closing) return Promise.resolve(peers.length);
-    const id = ++this.#ids;
-    send(id); // throws if it cannot be encoded, and then there is no request
-    const { promise, resolve } = Promise.withResolvers<number>();
-    const end = (missing: number) => {
-      clearTimeout(timer);
-      this.#requests.delete(id);
-      resolve(missing);
-    };
-    const request: Request = { missing: new Set(peers), take, done, end };
-    const timer = setTimeout(() => end(request.missing.size), ms);
-    this.#requests.set(id, request);
-    this.#probing ??= setInterval(() => this.#probe(), PROBE_INTERVAL);
-    return promise;
-  }
-
-  onAnswer(message: Answer, from: string): void {
-    const request = this.#requests.get(message.id);
-    if (request?.missing.has(from) && request.take(message, from)) this.#finish(request, from);
-  }
-
-  #finish(request: Request, uid: string): void {
-    if (!request.missing.delete(uid)) return;
-    request.done?.(uid);
-    if (request.missing.size === 0) request.end(0);
-  }
-
-  /** The broker returns what is sent to a queue that no longer exists. */
-  #probe(): void {
-    const owing = new Set([...this.#requests.values()].flatMap((request) => [...request.missing]));
-    for (const uid of owing) void this.#tell(uid, { type: "ping" });
-    if (this.#requests.size > 0) return;
-    clearInterval(this.#probing);
-    this.#probing = undefined;
-  }
-
-  // Gaps: after an outage each peer is asked for what it sent meanwhile; until it has answered, its newer frames wait.
-
-  /** Something of this peer's may be missing: this frame, as another one says, or any. */
-  #miss(peer: Peer, missing?: number, seen?: number): void {
+  #onFrame(frame: Frame, again: boolean): void {
+    const peer = this.membership.hear(frame.sender);
+    if (!peer) return;
+    if (frame.kind === FrameKind.Control) return this.#onControl(peer, readControl(frame));
     if (this.#tenants.size === 0) return; // an emitter takes no packets
-    peer.gap = {
-      missing,
-      seen,
-      from: Infinity,
-      held: [],
-      heldBytes: 0,
-      overflowed: false,
-      heldSince: undefined,
-      ...peer.gap, // what an earlier question has gathered
-      id: questionId(),
-      came: undefined,
-      to: 0,
-      askAt: 0,
-    };
-    this.#gapped.add(peer);
-    this.#ask([peer]);
-  }
-
-  /** Asks each of these peers, if it has a gap, again and again: its queue may not be back yet either. */
-  #ask(peers: Iterable<Peer> = this.#gapped): void {
-    if (!this.#consuming.connected || !this.outbox.connected || this.closing) return;
-    const now = performance.now();
-    const { heartbeatTimeout, journal } = this.settings;
-    for (const peer of peers) {
-      const { gap } = peer;
-      if (!gap) continue;
-      // It may be cut off itself, and its journal lasts a while; but a stranger may be nobody.
-      const patience = peer.greeted === -Infinity ? heartbeatTimeout : Math.max(journal.ms, heartbeatTimeout);
-      if (now - (gap.heldSince ?? now) > patience) {
-        this.#resume(peer, "has not said what it had sent");
-        continue;
-      }
-      if (now < gap.askAt) continue;
-      gap.askAt = now + ASK_AGAIN;
-      if (gap.came !== undefined) gap.id = questionId(); // what may still come of the first answer has a hole
-      gap.came = undefined;
-      const sure = Number.isNaN(peer.sure) ? undefined : peer.sure;
-      void this.#tell(peer.uid, {
-        type: "ask",
-        id: gap.id,
-        sure,
-        taken: peer.recent.evidence(gap.missing ?? Infinity),
-      });
-    }
-    if (this.#gapped.size > 0) this.#asking ??= setInterval(() => this.#ask(), ASK_AGAIN);
+    const { stream } = peer;
+    if (!again) stream.receive(frame, predecessorsOf(frame, this.receiver.isBound));
+    else if (stream.receiveAgain(frame)) peer.askAt = performance.now() + ASK_AGAIN;
     else {
-      clearInterval(this.#asking);
-      this.#asking = undefined;
+      stream.startCatchUp();
+      peer.askAt = 0;
+    }
+    if (stream.catchUp && peer.askAt < performance.now()) this.#ask();
+  }
+
+  #onControl(peer: Peer, control: Control): void {
+    switch (control.type) {
+      case "hello":
+        this.membership.onHello(peer, control);
+        return this.#ask();
+      case "beat":
+        return this.membership.onBeat(peer, control);
+      case "bye":
+        return this.membership.onBye(peer, control.number);
+      case "missing":
+        if (this.membership.peers.get(control.uid)?.namespaces)
+          void this.sender.control(serverKey(control.uid), { type: "ping" });
+        return;
+      case "ask":
+        return this.#replays.answer(peer.uid, control);
+      case "begin":
+        if (peer.stream.catchUp?.id !== control.id) return; // the answer to an earlier question
+        peer.askAt = performance.now() + ASK_AGAIN;
+        return peer.stream.begin(control.from, control.to);
     }
   }
 
-  /** Sends a peer what it has missed: straight to its queue, in order, a few frames at a time. */
-  async #replay(uid: string, { id, taken, sure }: Control & { type: "ask" }): Promise<void> {
-    const latest = this.#replaying.get(uid);
-    // Asked again meanwhile; or the answer has been sent, and stands in the queue behind much else.
-    if (latest?.id === id && performance.now() - latest.endedAt < this.settings.heartbeatTimeout) return;
-    const replay = { id, endedAt: Infinity };
-    this.#replaying.set(uid, replay);
-    const { bodies, ...begin } = this.outbox.since(uid, taken, sure);
-    let confirmed = this.#tell(uid, { type: "begin", id, ...begin });
-    let count = 0;
-    for (const body of bodies) {
-      confirmed = this.#tell(uid, { type: "again", id, index: count }, body);
-      if (count++ % REPLAY_WINDOW === 0 && !(await confirmed)) break;
-      if (this.#replaying.get(uid) !== replay) return; // it has asked anew, or is gone
-    }
-    if ((await confirmed) && (await this.#tell(uid, { type: "end", id, count }))) replay.endedAt = performance.now();
-    else if (this.#replaying.get(uid) === replay) this.#replaying.delete(uid);
-  }
-
-  #takeAgain(peer: Peer, frame: Frame): void {
-    if (frame.sender !== peer.uid || frame.kind === Kind.Control)
-      throw new FrameError("a replay of somebody else's frame");
-    peer.sure = frame.number;
-    this.#take(peer, frame, true);
-  }
-
-  /** The gap is closed, or given up: what waited comes next. */
-  #resume(peer: Peer, failure?: string): void {
-    const { gap } = peer;
-    if (!gap) return;
-    peer.gap = undefined;
-    this.#gapped.delete(peer);
-    if (failure && !Number.isNaN(peer.sure) && !this.closing)
-      this.#report(new Error(`Peer ${peer.uid} ${failure}: frames after number ${peer.sure} may be lost`));
-    for (const frame of this.#release(peer, gap, Infinity))
-      this.#handled(peer, () => {
-        if (failure || frame.number === gap.seen)
-          this.#take(peer, frame); // about this one the peer was asked
-        else this.#hold(peer, frame);
-      });
-  }
-
-  /** What waits and is numbered below this, in order, without what has been sent again. */
-  #release({ sure }: Peer, gap: Gap, below: number): Frame[] {
-    const frames = gap.held.filter(({ number }) => number < below && !(number >= gap.from && number <= sure));
-    const kept = gap.held.filter(({ number }) => number >= below);
-    this.#counts.duplicates += gap.held.length - frames.length - kept.length;
-    gap.held = kept;
-    gap.heldBytes = kept.reduce((sum, { body }) => sum + body.length, 0);
-    return frames.toSorted((one, other) => one.number - other.number);
-  }
-
-  /** A frame that cannot be read costs no other. */
-  #handled(peer: Peer, handle: () => void): void {
-    try {
-      handle();
-    } catch (error) {
-      this.#reportUnreadable(asError(error), `peer ${peer.uid}`);
-    }
-  }
-
-  #lost(peer: Peer, frames: number): void {
-    this.#lostOfPeers += frames;
-    this.#report(new Error(`Lost ${frames} frames of peer ${peer.uid}: its journal no longer held them`));
+  /** What cannot be read or handled costs no other section. */
+  #deliver(frame: Frame): void {
+    this.#counts.framesReceived++;
+    this.#counts.packetsReceived += frame.packets;
+    const handled = (handle: () => void) => {
+      try {
+        handle();
+      } catch (error) {
+        this.receiver.reportUnreadable(asError(error), `peer ${frame.sender}`);
+      }
+    };
+    handled(() => {
+      const reader = new FrameReader(frame);
+      const tenant = this.#tenants.get(reader.nsp);
+      if (!tenant) return;
+      for (const section of reader.sections) {
+        if (section.kind < SectionKind.Messages)
+          handled(() => tenant.onPackets(section, () => reader.packets(section)));
+        else
+          for (const parts of reader.packets(section))
+            handled(() => tenant.onMessage(asMessage(decodeValue(parts)), frame.sender));
+      }
+    });
   }
 }
 
-// ── Connections ──────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── Receiving: one state per peer, of what has come, what is missing and what waits for it ───────────────────────────
 
-interface LinkEvents {
-  /** Everything that has to be done on a new connection, at the start and after each loss. */
-  up(model: AmqpConnection, lose: Lose): Promise<void>;
-  /** It has been done: the link is connected. */
-  settled(): void;
-  down(error: Error): void;
+/** How many of the latest numbers are remembered: more frames than `IN_FLIGHT` bytes hold that a peer publishes again. */
+const REMEMBERED = 4_096;
+
+/** Which numbers have come: the anti-replay window of RFC 6479. */
+class ReceiveWindow {
+  #highest = 0;
+  readonly #flags = new Uint32Array(REMEMBERED / 32);
+
+  /** Whether the number has come, or is too old to know. */
+  has(number: number): boolean {
+    if (number > this.#highest) return false;
+    if (number <= this.#highest - REMEMBERED) return true;
+    return (this.#flags[(number % REMEMBERED) >>> 5]! & (1 << (number & 31))) !== 0;
+  }
+
+  add(number: number): void {
+    const first = Math.max(this.#highest + 1, number - REMEMBERED + 1);
+    for (let skipped = first; skipped < number; skipped++) this.#set(skipped, false);
+    this.#set(number, true);
+    this.#highest = Math.max(this.#highest, number);
+  }
+
+  #set(number: number, flag: boolean): void {
+    const [place, bit] = [(number % REMEMBERED) >>> 5, 1 << (number & 31)];
+    this.#flags[place] = flag ? this.#flags[place]! | bit : this.#flags[place]! & ~bit;
+  }
 }
-type Lose = (error: Error) => void;
-type Timeout = ReturnType<typeof setTimeout>;
 
-/** Delays between attempts, in ms: doubled up to the limit, with jitter. */
-const BACKOFF = { first: 100, limit: 1_000, refused: 10_000 };
-/** A connection that has lasted this long (ms) starts the back-off anew. */
-const STABLE = 5_000;
+/** What a stream needs to know of a frame. */
+interface Numbered {
+  /** 0 for one that is volatile. */
+  readonly number: number;
+  /** Every number up to it is confirmed by the broker. */
+  readonly floor: number;
+  readonly body: { readonly length: number };
+}
 
-/** Connections that a link has used: a function that returns one again is told so. */
-const used = new WeakSet<AmqpConnection>();
+/** While frames may be missing: those that come are held, and the peer is asked. */
+interface CatchUp<Frame> {
+  /** Tells one question from the next; the same one is asked again while there is no word of an answer. */
+  readonly id: number;
+  readonly held: Map<number, { readonly frame: Frame; readonly predecessors: Iterable<number> }>;
+  heldBytes: number;
+  /** Whether some could not be held, so that the peer has to be asked once more. */
+  overflowed: boolean;
+  /** The last number of the answer, once it has begun. */
+  to?: number;
+}
 
-/** Keeps one connection up until it is closed. */
-class Link {
-  /** Since when the connection is up (ms, monotonic); undefined while it is not. */
-  upSince: number | undefined;
-  /** How often it has come up. */
-  connects = 0;
-  #closed = false;
-  #wake: (() => void) | undefined;
-  #lose: Lose | undefined;
-  #running: Promise<void> | undefined;
+interface StreamEvents<Frame> {
+  deliver(frame: Frame): void;
+  /** A frame was delivered that was missed before, or held while another was. */
+  replayed(): void;
+  /** A frame came a second time. */
+  duplicate(): void;
+  /** Frames that did not come, and that the peer no longer has. */
+  lost(frames: number): void;
+}
+
+/** The frames of one peer, in order and once each. No I/O: the owner asks the peer while `catchUp` is set. */
+export class PeerStream<Frame extends Numbered> {
+  /** Every frame up to this number has come, was for others, or is lost; undefined until the peer is heard. */
+  cursor: number | undefined;
+  catchUp: CatchUp<Frame> | undefined;
+  readonly #window = new ReceiveWindow();
+  readonly #events: StreamEvents<Frame>;
+  readonly #maxHeld: number;
+  #questions = 0;
+
+  constructor(events: StreamEvents<Frame>, maxHeldBytes: number) {
+    this.#events = events;
+    this.#maxHeld = maxHeldBytes;
+  }
+
+  /** A frame as it was published. `missing` are numbers before it that should have come to this queue. */
+  receive(frame: Frame, predecessors: Iterable<number> = []): void {
+    const { number } = frame;
+    if (number === 0) {
+      if (!this.catchUp) this.#events.deliver(frame);
+    } else if (this.#window.has(number)) this.#events.duplicate();
+    else if (this.catchUp) this.#hold(this.catchUp, frame, predecessors);
+    else if (this.#isMissing(predecessors)) this.#hold(this.startCatchUp(), frame, predecessors);
+    else this.#take(frame);
+  }
+
+  /** Something may have been missed: before an outage's end, or as a frame says. */
+  startCatchUp(): CatchUp<Frame> {
+    const { held = new Map(), heldBytes = 0, overflowed = false } = this.catchUp ?? {};
+    this.catchUp = { id: ++this.#questions, held, heldBytes, overflowed };
+    return this.catchUp;
+  }
+
+  /** The peer says that it has published up to this number, of which all up to `floor` is confirmed. */
+  hears(number: number, floor: number): void {
+    if (this.catchUp) return;
+    if (this.cursor === undefined) this.cursor = number;
+    // A cursor above what was ever published is wrong, whoever is to blame.
+    else this.cursor = Math.max(Math.min(this.cursor, number), floor);
+  }
+
+  /** An answer begins: the frames from one number to another follow. */
+  begin(from: number, to: number): void {
+    const { catchUp } = this;
+    if (!catchUp) return;
+    if (this.cursor !== undefined && from > this.cursor + 1) {
+      // The peer no longer has those before. Some may have come meanwhile.
+      let lost = 0;
+      for (let number = this.cursor + 1; number < from; number++) {
+        const held = catchUp.held.get(number);
+        if (held) this.#release(catchUp, held.frame);
+        else if (number < from - REMEMBERED || !this.#window.has(number)) lost++;
+      }
+      if (lost > 0) this.#events.lost(lost);
+    }
+    this.cursor = Math.max(this.cursor ?? 0, from - 1);
+    catchUp.to = to;
+    if (this.cursor >= to) this.#finish(catchUp);
+  }
+
+  /** A frame that the peer sends again. Returns false if one before it is missing, so that the peer has to be asked anew. */
+  receiveAgain(frame: Frame): boolean {
+    const { catchUp, cursor } = this;
+    if (catchUp?.to === undefined || cursor === undefined || frame.number <= cursor) return true;
+    if (frame.number > cursor + 1) return false;
+    this.cursor = frame.number;
+    if (this.#window.has(frame.number)) this.#events.duplicate();
+    else this.#release(catchUp, frame);
+    if (frame.number >= catchUp.to) this.#finish(catchUp);
+    return true;
+  }
+
+  /**
+   * The peer cannot answer any more: what is held is delivered. Returns how many frames up to its last number, where that is
+   * known, have not come.
+   */
+  giveUp(last?: number): number {
+    const { catchUp, cursor } = this;
+    if (!catchUp) return 0;
+    this.catchUp = undefined;
+    for (const { frame } of inOrder(catchUp.held)) this.receive(frame);
+    if (last === undefined || cursor === undefined) return 0;
+    let missing = 0;
+    for (let number = cursor + 1; number <= last; number++)
+      if (number <= last - REMEMBERED || !this.#window.has(number)) missing++;
+    this.cursor = last;
+    return missing;
+  }
+
+  #hold(catchUp: CatchUp<Frame>, frame: Frame, predecessors: Iterable<number>): void {
+    if (catchUp.held.has(frame.number)) return this.#events.duplicate();
+    catchUp.overflowed ||= catchUp.heldBytes + frame.body.length > this.#maxHeld;
+    if (catchUp.overflowed) return; // the peer still has it, and is asked once more
+    catchUp.held.set(frame.number, { frame, predecessors });
+    catchUp.heldBytes += frame.body.length;
+  }
+
+  /** Delivers a frame that was missed, in place of the one that is held. */
+  #release(catchUp: CatchUp<Frame>, frame: Frame): void {
+    if (catchUp.held.delete(frame.number)) catchUp.heldBytes -= frame.body.length;
+    this.#events.replayed();
+    this.#deliver(frame);
+  }
+
+  /** All that was missed has come: what is held follows, and may show that more is missing. */
+  #finish(catchUp: CatchUp<Frame>): void {
+    this.catchUp = undefined;
+    for (const { frame, predecessors } of inOrder(catchUp.held)) {
+      if (!this.catchUp && !this.#window.has(frame.number)) this.#events.replayed();
+      this.receive(frame, predecessors);
+    }
+    if (catchUp.overflowed) this.startCatchUp();
+  }
+
+  #take(frame: Frame): void {
+    this.#deliver(frame);
+    const cursor = this.cursor ?? frame.number - 1;
+    this.cursor = Math.max(cursor, frame.floor, frame.number === cursor + 1 ? frame.number : 0);
+  }
+
+  #deliver(frame: Frame): void {
+    this.#window.add(frame.number);
+    this.#events.deliver(frame);
+  }
+
+  #isMissing(predecessors: Iterable<number>): boolean {
+    if (this.cursor === undefined) return false;
+    for (const number of predecessors) if (number > this.cursor && !this.#window.has(number)) return true;
+    return false;
+  }
+}
+
+const inOrder = <T>(held: Map<number, T>): T[] =>
+  [...held].sort(([one], [other]) => one - other).map(([, frame]) => frame);
+
+// ── Sending: packets wait, are put into frames, and frames are kept until their journal forgets them ─────────────────
+
+/** Where a packet goes. Made once for a room that is emitted to again and again. */
+interface Destination {
+  readonly nsp: string;
+  readonly kind: SectionKind;
+  /** Tells the receiver what the packet is for; what it says depends on the kind. */
+  readonly head: string;
+  /** Routing keys: one, or one for each of several rooms. */
+  readonly keys: readonly string[];
+  readonly volatile: boolean;
+}
+
+interface Waiting {
+  readonly to: Destination;
+  readonly parts: readonly Part[];
+  readonly bytes: number;
+  /** When it was emitted (ms, monotonic). */
+  readonly at: number;
+}
+
+/** A frame takes packets up to about this many bytes. */
+const FRAME_SIZE = 32 * 1024;
+/** What a packet that waits costs beyond its content, about (bytes). */
+const WAITING_OVERHEAD = 160;
+/** Up to so many other servers, a frame for at least as many rooms goes to everyone; measured against 64 keys. */
+const FEW_SERVERS = 8;
+/** With fewer keys than this, a frame for several rooms goes to those alone: they cost little, and a quiet server gets none. */
+const MANY_KEYS = 8;
+/** How many routing keys a frame has at most. RabbitMQ looks each of them up: 16 cost 10,000 messages/s, 64 4,000/s. */
+const MAX_KEYS = 64;
+
+/** What decides how frames are routed. */
+interface RoutingFacts {
+  /** How many other servers have a namespace open. */
+  servers(nsp: string): number;
+  /** Whether several keys in one message are cheap: not where the broker scans many bindings for them. */
+  severalKeys(): boolean;
+  /** How many bytes of keys a header takes. */
+  maxKeyBytes(): number;
+}
+
+/** Packets that wait to be put into frames, oldest first. They have no numbers yet, so one that is dropped leaves no hole. */
+class Batcher {
+  bytes = 0;
+  /** A frame takes packets up to about this many bytes: so far below `maxPayload` that multi-byte text does not reach it. */
+  readonly #frameSize: number;
+  #packets: Waiting[] = [];
+  /** Where the oldest one stands. */
+  #start = 0;
+
+  readonly #maxBytes: number;
+  readonly #facts: RoutingFacts;
+
+  constructor(maxBytes: number, maxPayload: number, facts: RoutingFacts) {
+    this.#maxBytes = maxBytes;
+    this.#frameSize = Math.min(FRAME_SIZE, maxPayload / 8);
+    this.#facts = facts;
+  }
+
+  get size(): number {
+    return this.#packets.length - this.#start;
+  }
+
+  /** Returns how many of the oldest were dropped, for want of room. */
+  add(to: Destination, parts: readonly Part[], contentBytes: number, at: number): number {
+    const bytes = contentBytes + WAITING_OVERHEAD;
+    this.#packets.push({ to, parts, bytes, at });
+    this.bytes += bytes;
+    return this.bytes > this.#maxBytes ? this.#drop((total) => total > this.#maxBytes) : 0;
+  }
+
+  /** Drops what was emitted before a time, and returns how many. */
+  expire(before: number): number {
+    return this.#drop((_, { at }) => at < before);
+  }
+
+  dropVolatile(): void {
+    const kept = this.#packets.slice(this.#start).filter(({ to }) => !to.volatile);
+    this.#packets = kept;
+    this.#start = 0;
+    this.bytes = kept.reduce((sum, { bytes }) => sum + bytes, 0);
+  }
+
+  /** Whether a frame made now would be smaller than one made later. */
+  get mayGrow(): boolean {
+    if (this.bytes >= this.#frameSize) return false;
+    const [first, last] = [this.#packets[this.#start], this.#packets.at(-1)];
+    if (!first || !last || isSame(first.to, last.to)) return true;
+    return this.#maxKeys(first.to) > 1 && mayShare(first.to, last.to);
+  }
+
+  /** The packets of the next frame and its routing keys; undefined if nothing waits. */
+  take(): { packets: Waiting[]; keys: readonly string[] } | undefined {
+    const first = this.#packets[this.#start];
+    if (!first) return undefined;
+    const maxKeys = this.#maxKeys(first.to);
+    const keys = new Set(first.to.keys);
+    let bytes = 0;
+    let end = this.#start;
+    let previous = first.to;
+    for (let next: Waiting | undefined = first; next; next = this.#packets[++end]) {
+      const { to } = next;
+      if (!isSame(to, previous)) {
+        if (!mayShare(to, first.to) || keys.size + to.keys.length > maxKeys) break;
+        for (const key of to.keys) keys.add(key);
+      }
+      previous = to;
+      if (bytes > 0 && bytes + next.bytes > this.#frameSize) break;
+      bytes += next.bytes;
+    }
+    const packets = this.#packets.slice(this.#start, end);
+    this.#advance(end, bytes);
+    return { packets, keys: this.#route(packets, keys) };
+  }
+
+  /** Up to how many keys the packets of one frame may have, if they are not all for the same rooms. */
+  #maxKeys({ nsp, kind }: Destination): number {
+    if (kind === SectionKind.Direct) return 1;
+    if (this.#facts.servers(nsp) <= FEW_SERVERS) return Infinity;
+    return this.#facts.severalKeys() ? MAX_KEYS : 1;
+  }
+
+  #route(packets: Waiting[], keys: Set<string>): readonly string[] {
+    const facts = this.#facts;
+    const [first] = packets;
+    if (!first || keys.size === 1) return [...keys];
+    const everyone = [namespaceKey(first.to.nsp)];
+    const isOne = packets.every(({ to }) => isSame(to, first.to));
+    if (!isOne && keys.size >= Math.max(MANY_KEYS, facts.servers(first.to.nsp))) return everyone;
+    let bytes = 0;
+    for (const key of keys) bytes += KEY_OVERHEAD + key.length * 3;
+    return facts.severalKeys() && bytes <= facts.maxKeyBytes() ? [...keys] : everyone;
+  }
+
+  #drop(test: (bytes: number, packet: Waiting) => boolean): number {
+    let end = this.#start;
+    let dropped = 0;
+    let bytes = 0;
+    for (let packet = this.#packets[end]; packet && test(this.bytes - bytes, packet); packet = this.#packets[++end]) {
+      bytes += packet.bytes;
+      dropped += Number(!packet.to.volatile);
+    }
+    this.#advance(end, bytes);
+    return dropped;
+  }
+
+  #advance(start: number, bytes: number): void {
+    this.bytes -= bytes;
+    this.#start = start;
+    if (start < 1_024 || start < this.#packets.length / 2) {
+      if (start === this.#packets.length) this.#packets.length = this.#start = 0;
+      return;
+    }
+    this.#packets = this.#packets.slice(start);
+    this.#start = 0;
+  }
+}
+
+const isSame = (a: Destination, b: Destination): boolean =>
+  a === b ||
+  (a.head === b.head && a.kind === b.kind && a.keys[0] === b.keys[0] && a.nsp === b.nsp && a.volatile === b.volatile);
+
+/** Whether packets for both may travel in one frame. */
+const mayShare = (a: Destination, b: Destination): boolean =>
+  a.nsp === b.nsp && a.volatile === b.volatile && a.kind !== SectionKind.Direct && b.kind !== SectionKind.Direct;
+
+/** What an entry of the `CC` header costs beyond its text (bytes). */
+const KEY_OVERHEAD = 5;
+/** How many bytes of a frame header the message's other properties may take. */
+const HEADER_RESERVE = 1_024;
+/** How many bytes of a record of the log stand before its frame: its size, the frame's, and when it was made. */
+const RECORD = 16;
+const MIN_LOG = 64 * 1024;
+
+/**
+ * The published frames of the last `journal.ms`, in one ring: `[size][frame size][time][frame]` one behind the other, the
+ * oldest overwritten first. It grows by doubling, up to `journal.bytes`, or beyond where what is not confirmed needs more. One
+ * buffer, for as objects some hundred thousand frames would cost the garbage collector more than all else done with them.
+ */
+class SentLog {
+  /** The oldest number that it holds; its latest is `first + count - 1`. */
+  first = 1;
+  count = 0;
+  bytes = 0;
+  #ring = Buffer.alloc(0);
+  /** Where the oldest record begins, and where the next one goes. */
+  #head = 0;
+  #tail = 0;
+  /** Where a number's record was found last, for reading on. */
+  #bookmark = { number: 0, offset: 0 };
+
+  readonly maxBytes: number;
+
+  constructor(maxBytes: number) {
+    this.maxBytes = maxBytes;
+  }
+
+  /** Room for the frame with the next number. Numbers up to `floor` may be forgotten for it. */
+  append(size: number, at: number, floor: number): Buffer {
+    const needed = RECORD + size;
+    while (!this.#fits(needed)) {
+      const mayForget = this.count > 0 && this.first <= floor;
+      if (mayForget && this.#ring.length * 2 > this.maxBytes) this.#forget();
+      else this.#resize(Math.max(this.#ring.length * 2, MIN_LOG, 2 ** Math.ceil(Math.log2(needed * 2))));
+    }
+    if (this.#tail + needed > this.#ring.length) this.#wrap();
+    const start = this.#tail;
+    this.#ring.writeUInt32LE(needed, start);
+    this.#ring.writeUInt32LE(size, start + 4);
+    this.#ring.writeDoubleLE(at, start + 8);
+    this.#tail = start + needed;
+    this.count++;
+    this.bytes += needed;
+    return this.#ring.subarray(start + RECORD, start + needed);
+  }
+
+  /** A frame that is held; it is overwritten sometime after the next `append()`. */
+  get(number: number): Buffer | undefined {
+    const start = this.#find(number);
+    if (start === undefined) return undefined;
+    return this.#ring.subarray(start + RECORD, start + RECORD + this.#ring.readUInt32LE(start + 4));
+  }
+
+  /** Leaves a frame without content, so that its number is no hole. */
+  withdraw(number: number): void {
+    const start = this.#find(number);
+    if (start === undefined) return;
+    emptyFrame(this.#ring.subarray(start + RECORD));
+    this.#ring.writeUInt32LE(HEADER, start + 4);
+  }
+
+  /** Forgets what was made before a time and is confirmed up to `floor`; gives memory back. */
+  expire(before: number, floor: number): void {
+    while (this.count > 0 && this.first <= floor && this.#ring.readDoubleLE(this.#head + 8) < before) this.#forget();
+    if (this.count === 0) {
+      this.#ring = Buffer.alloc(0);
+      this.#head = this.#tail = 0;
+    } else if (this.#ring.length > MIN_LOG && this.bytes < this.#ring.length / 4) this.#resize(this.#ring.length / 2);
+  }
+
+  #find(number: number): number | undefined {
+    if (number < this.first || number >= this.first + this.count) return undefined;
+    let { number: at, offset } = this.#bookmark;
+    if (at < this.first || at > number) [at, offset] = [this.first, this.#head];
+    for (; at < number; at++) offset = this.#after(offset);
+    this.#bookmark = { number, offset };
+    return offset;
+  }
+
+  /** Where the record behind this one begins: at 0, where the rest of the ring is too short for one or marked as unused. */
+  #after(offset: number): number {
+    const next = offset + this.#ring.readUInt32LE(offset);
+    return next + RECORD > this.#ring.length || this.#ring.readUInt32LE(next) === 0 ? 0 : next;
+  }
+
+  #fits(needed: number): boolean {
+    if (this.count === 0) {
+      this.#head = this.#tail = 0;
+      return needed <= this.#ring.length;
+    }
+    if (this.#tail > this.#head) return this.#tail + needed <= this.#ring.length || needed <= this.#head;
+    return this.#tail + needed <= this.#head;
+  }
+
+  #wrap(): void {
+    if (this.#tail + 4 <= this.#ring.length) this.#ring.writeUInt32LE(0, this.#tail);
+    this.#tail = 0;
+  }
+
+  #forget(): void {
+    this.bytes -= this.#ring.readUInt32LE(this.#head);
+    this.count--;
+    this.first++;
+    if (this.count > 0) this.#head = this.#after(this.#head);
+  }
+
+  #resize(size: number): void {
+    const ring = Buffer.allocUnsafeSlow(size);
+    let end = 0;
+    for (let i = 0, offset = this.#head; i < this.count; i++) {
+      end += this.#ring.copy(ring, end, offset, offset + this.#ring.readUInt32LE(offset));
+      if (i < this.count - 1) offset = this.#after(offset);
+    }
+    this.#ring = ring;
+    this.#head = 0;
+    this.#tail = end;
+    this.#bookmark = { number: 0, offset: 0 };
+  }
+}
+
+/** A message for the publishing connection. */
+interface Outgoing {
+  readonly keys: readonly string[];
+  readonly body: Buffer;
+  /** One server's, or all servers', queue: published to the keys, and returned if there is no such queue. */
+  readonly direct: boolean;
+  /** A frame that its receiver has asked for again. */
+  readonly again?: boolean;
+}
+/** Refused: a queue is full or gone; the others have the message. Lost: nobody knows, for the connection is lost. */
+type Outcome = "taken" | "refused" | "lost";
+/** Publishes a message. Calls back later. */
+type Transmit = (message: Outgoing, confirmed: (outcome: Outcome) => void) => void;
+
+/** A frame that the broker has not confirmed yet, or that is confirmed behind one that is not. */
+interface Flight {
+  /** 0 if it is volatile. */
+  readonly number: number;
+  readonly keys: readonly string[];
+  readonly direct: boolean;
+  readonly size: number;
+  readonly packets: number;
+  readonly digests: readonly number[];
+  confirmed: boolean;
+}
+
+interface PublisherEvents {
+  /** Packets were given up: too many waited, or for too long. */
+  dropped(packets: number): void;
+  /** Runs `flush()` after so many ms, unless it is planned already. */
+  flushIn(ms: number): void;
+}
+
+/** While a frame is unconfirmed, one that may still grow leaves this many ms after it. */
+const SPACING = 1;
+/** How many unconfirmed frames let one that may still grow wait longer, and how long (ms): the broker may be slow or far. */
+const WINDOW = 8;
+const STALLED_SPACING = 10;
+/** How many bytes may be unconfirmed before the next frame waits. */
+const IN_FLIGHT = 256 * 1024;
+/** How many predecessors a frame names at most, and how many digests of them. */
+const MAX_PREDECESSORS = 8;
+const MAX_DIGESTS = 64;
+
+/**
+ * Makes frames of what waits, gives them numbers and publishes them. An idle server publishes at once; a busy one lets the next
+ * frame grow while others are unconfirmed: Nagle's algorithm (RFC 896), with confirms for acknowledgements. No I/O of its own.
+ */
+export class Publisher {
+  /** The number of the last frame that was published, and the one up to which all are confirmed. */
+  number = 0;
+  floor = 0;
+  /** Whether the broker takes no messages for a while, for it lacks memory or disk. */
+  #blocked = false;
+  framesSent = 0;
+  packetsSent = 0;
+  readonly log: SentLog;
+  readonly batcher: Batcher;
+  #transmit: Transmit | undefined;
+  #flights: Flight[] = [];
+  #bytesInFlight = 0;
+  #publishedAt = -Infinity;
+  readonly #waiters: (() => void)[] = [];
+
+  readonly uid: string;
+  readonly limits: Pick<Settings, "maxQueued" | "maxPayload" | "journal">;
+  readonly events: PublisherEvents;
+  readonly now: () => number;
 
   constructor(
-    readonly name: "consuming" | "publishing",
-    readonly prefix: string,
-    readonly connect: () => AmqpConnection | Promise<AmqpConnection>,
-    readonly report: (error: Error) => void,
-    readonly events: LinkEvents,
-  ) {}
-
-  get connected(): boolean {
-    return this.upSince !== undefined;
+    uid: string,
+    limits: Pick<Settings, "maxQueued" | "maxPayload" | "journal">,
+    facts: RoutingFacts,
+    events: PublisherEvents,
+    now: () => number = () => performance.now(),
+  ) {
+    this.uid = uid;
+    this.limits = limits;
+    this.events = events;
+    this.now = now;
+    this.batcher = new Batcher(limits.maxQueued, limits.maxPayload, facts);
+    this.log = new SentLog(limits.journal.bytes);
   }
 
-  start(): void {
-    this.#running = this.#run();
+  /** Whether frames leave at once: the connection is up and the broker takes messages. */
+  get ready(): boolean {
+    return this.#transmit !== undefined && !this.#blocked;
   }
 
-  async close(): Promise<void> {
-    this.#closed = true;
-    this.#wake?.();
-    this.#lose?.(new Error("closed"));
-    // Without #lose it is still connecting, which nobody can abort: what comes of it is closed then.
-    if (this.#lose) await this.#running;
+  get unconfirmed(): number {
+    return this.#flights.length;
   }
 
-  async #run(): Promise<void> {
-    let reported: string | undefined;
-    for (let attempt = 0; !this.#closed; attempt++) {
-      const { promise: lost, resolve: lose } = Promise.withResolvers<Error>();
-      let model: AmqpConnection | undefined;
-      let error: Error;
-      try {
-        model = await this.#open();
-        this.#lose = lose;
-        if (this.#closed) lose(new Error("closed"));
-        watch(model, lose);
-        const failed = await Promise.race([this.events.up(model, lose), lost]);
-        if (failed) throw failed;
-        this.upSince = performance.now();
-        this.connects++;
-        reported = undefined;
-        this.events.settled();
-        error = await lost;
-      } catch (reason) {
-        error = asError(reason);
-      }
-      if (this.upSince !== undefined && performance.now() - this.upSince > STABLE) attempt = 0;
-      this.upSince = undefined;
-      this.events.down(error);
-      if (model) await release(model);
-      this.#lose = undefined;
-      if (this.#closed) return;
-      // Once per outage, unless there is news.
-      if (kindOf(error) !== reported) this.report(explain(error, this.name, this.prefix));
-      reported = kindOf(error);
-      await this.#pause(backoff(attempt, error));
+  /** How many packets are not confirmed yet. */
+  get unconfirmedPackets(): number {
+    return this.#flights.reduce((sum, { packets, confirmed }) => sum + (confirmed ? 0 : packets), this.batcher.size);
+  }
+
+  /** Publishes what has not been confirmed once more, with its numbers, and then what waits. */
+  up(transmit: Transmit): void {
+    this.#transmit = transmit;
+    for (const flight of this.#flights) {
+      const body = this.log.get(flight.number);
+      if (body && !flight.confirmed) this.#send(flight, body);
     }
+    this.expire();
+    this.flush();
   }
 
-  /** A connection, or an error: one that does not answer at all is given up, and closed if it answers later. */
-  async #open(): Promise<AmqpConnection> {
-    let late = false;
-    const opening = (async () => {
-      const model = await this.connect();
-      if (typeof model?.createConfirmChannel !== "function" || typeof model.close !== "function")
-        throw new TypeError(`amqpConnection returned ${Bun.inspect(model)}, not what amqplib's connect() returns`);
-      if (used.has(model))
-        throw new TypeError(
-          "amqpConnection returned a connection that is in use: return a new connection from each call",
-        );
-      used.add(model);
-      if (late) {
-        watch(model, (error) => debug("late: %s", error.message));
-        await release(model);
+  /** The connection is lost. */
+  down(): void {
+    this.#transmit = undefined;
+    this.#blocked = false;
+    this.#bytesInFlight = 0;
+    this.#flights = this.#flights.filter(({ number }) => number > 0);
+    this.batcher.dropVolatile();
+    this.#settle();
+  }
+
+  block(blocked: boolean): void {
+    this.#blocked = blocked;
+    this.flush();
+  }
+
+  /** A message that is no part of the stream: sent at once or not at all. Resolves with whether the broker has it. */
+  sendNow(key: string, body: Buffer, again = false): Promise<boolean> {
+    const transmit = this.#transmit;
+    if (!transmit || this.#blocked) return Promise.resolve(false);
+    return new Promise((resolve) =>
+      transmit({ keys: [key], body, direct: true, again }, (outcome) =>
+        // What is for all servers is refused by full queues; the others have it.
+        resolve(outcome === "taken" || (outcome === "refused" && key === ALL_SERVERS)),
+      ),
+    );
+  }
+
+  add(to: Destination, parts: readonly Part[], bytes: number): void {
+    if (to.volatile && !this.ready) return;
+    const dropped = this.batcher.add(to, parts, bytes, this.now());
+    if (dropped > 0) this.events.dropped(dropped);
+  }
+
+  readonly flush = (): void => {
+    while (this.ready && this.#bytesInFlight < IN_FLIGHT && this.batcher.size > 0) {
+      const wait = this.#flights.length > 0 && this.batcher.mayGrow ? this.#untilNext() : 0;
+      if (wait > 0) return this.events.flushIn(wait);
+      this.#publish();
+    }
+  };
+
+  /** Forgets what is older than the journal keeps it; packets that wait only while the broker is away. */
+  expire(): void {
+    const before = this.now() - this.limits.journal.ms;
+    this.log.expire(before, this.floor);
+    const dropped = this.ready ? 0 : this.batcher.expire(before);
+    if (dropped > 0) this.events.dropped(dropped);
+  }
+
+  /** Resolves once all that was added is confirmed. */
+  drained(): Promise<void> {
+    if (this.#isDrained()) return Promise.resolve();
+    return new Promise((resolve) => this.#waiters.push(resolve));
+  }
+
+  /** The broker has refused a frame as too large: the largest that is unconfirmed is given up. Returns its size. */
+  giveUpLargest(): number {
+    const weight = (flight: Flight) => (flight.confirmed ? -1 : flight.size + flight.keys.join().length);
+    const largest = this.#flights.reduce(
+      (max, flight, i) => (weight(flight) > weight(this.#flights[max]!) ? i : max),
+      0,
+    );
+    const flight = this.#flights[largest];
+    if (!flight || flight.confirmed) return 0;
+    this.log.withdraw(flight.number); // the number stays, so nobody misses it
+    this.#flights[largest] = { ...flight, keys: flight.keys.slice(0, 1), size: EMPTY_FRAME, packets: 0 };
+    return weight(flight);
+  }
+
+  #untilNext(): number {
+    const spacing = this.#flights.length < WINDOW ? SPACING : STALLED_SPACING;
+    return this.#publishedAt + spacing - this.now();
+  }
+
+  #publish(): void {
+    const next = this.batcher.take();
+    const to = next?.packets[0]?.to;
+    if (!next || !to) return;
+    const number = to.volatile ? 0 : ++this.number;
+    const content = new FrameContent(next.packets, to.volatile ? [] : this.#predecessors());
+    const size = content.size;
+    const body = to.volatile ? Buffer.allocUnsafe(size) : this.log.append(size, this.now(), this.floor);
+    content.write(body, this.uid, number, this.floor);
+    const direct = to.kind === SectionKind.Direct;
+    const packets = next.packets.length;
+    const digests = next.keys.slice(0, MAX_DIGESTS).map(digestOf);
+    const flight: Flight = { number, keys: next.keys, direct, size, packets, digests, confirmed: false };
+    this.#flights.push(flight);
+    this.packetsSent += packets;
+    this.#send(flight, body);
+  }
+
+  #send(flight: Flight, body: Buffer): void {
+    const transmit = this.#transmit;
+    this.#bytesInFlight += flight.size;
+    this.#publishedAt = this.now();
+    this.framesSent++;
+    transmit?.({ keys: flight.keys, body, direct: flight.direct }, (outcome) => {
+      // What is refused is not sent again: others have it, and a server whose queue was gone asks when it is back.
+      if (outcome === "lost" || transmit !== this.#transmit) return;
+      flight.confirmed = true;
+      this.#bytesInFlight -= flight.size;
+      this.#settle();
+      this.flush();
+    });
+  }
+
+  #settle(): void {
+    let settled = 0;
+    for (const { confirmed, number } of this.#flights) {
+      if (!confirmed) break;
+      settled++;
+      if (number > 0) this.floor = number;
+    }
+    if (settled > 0) this.#flights.splice(0, settled);
+    if (this.#flights.length === 0) this.floor = this.number;
+    if (this.#isDrained()) for (const resolve of this.#waiters.splice(0)) resolve();
+  }
+
+  #isDrained(): boolean {
+    return this.#flights.length === 0 && this.batcher.size === 0;
+  }
+
+  /** Unconfirmed frames before the next one: how many numbers back each is, and the digest of each of its keys. */
+  #predecessors(): number[] {
+    const predecessors: number[] = [];
+    const first = Math.max(0, this.#flights.length - MAX_PREDECESSORS);
+    for (let i = this.#flights.length - 1; i >= first; i--) {
+      const { number, confirmed, digests } = this.#flights[i]!;
+      if (number === 0 || confirmed) continue;
+      for (const digest of digests) {
+        if (predecessors.length === 2 * MAX_DIGESTS) return predecessors;
+        predecessors.push(this.number - number, digest);
       }
-      return model;
-    })();
-    opening.catch(() => {}); // once it is late, nobody waits for it
-    const stopped = new Promise<undefined>((resolve) => {
-      this.#wake = () => {
-        late = true;
-        resolve(undefined);
-      };
-    });
-    const model = await within(CONNECT_PATIENCE, Promise.race([opening, stopped]));
-    late ||= !model;
-    if (!model) throw new Error(`amqpConnection did not connect within ${CONNECT_PATIENCE} ms`);
-    return model;
-  }
-
-  #pause(ms: number): Promise<void> {
-    return new Promise((resolve) => {
-      const timer = setTimeout(resolve, ms);
-      this.#wake = () => {
-        clearTimeout(timer);
-        resolve();
-      };
-    });
+    }
+    return predecessors;
   }
 }
 
-/** Hears of the connection's end. The listeners stay: amqplib throws an error that nobody listens for. */
-function watch(model: AmqpConnection, lose: Lose): void {
-  // Both kinds have these events, and their overloads of `on` do not unite.
-  const emitter: NodeJS.EventEmitter = model;
-  emitter.on("error", lose).on("close", (error?: Error) => lose(error ?? new Error("Connection closed")));
-  emitter.on("disconnect", lose); // amqplib's recovering connection: replaced, not waited for
-  // amqplib leaves its socket out of its types. It also leaves Nagle's algorithm on, which holds a small message back for
-  // up to 40 ms while another is under way, and does not look at the socket's own "close".
-  const stream = (model as { connection?: { stream?: Partial<TcpSocket> } }).connection?.stream;
-  stream?.setNoDelay?.(true);
-  stream?.once?.("close", () => queueMicrotask(() => lose(new Error("Socket closed"))));
-}
+/** Tells what is published under a routing key from all else, but for one in 2^32. */
+const digestOf = (key: string): number => Bun.hash.crc32(key);
 
-/** How long a closing server unbinds its rooms' exchanges, in ms, before it lets them go with its queue. */
-const UNBIND_PATIENCE = 5_000;
-/** How long amqpConnection may take, in ms. */
-const CONNECT_PATIENCE = 10_000;
-/** How long an answer to a goodbye is waited for, in ms: a dead link gives none. */
-const CLOSE_PATIENCE = 1_000;
+/** How many destinations are kept ready, for rooms that are emitted to again. */
+const MAX_ROUTES = 65_536;
+/** For how many ms a room's packets go to everyone after this server has made others' sockets join it: they must bind it first. */
+const JOINED_FROM_AFAR = 10_000;
 
-/** What a promise resolves to, or undefined after `ms`. */
-async function within<T>(ms: number, promise: Promise<T>): Promise<T | undefined> {
-  let timer: Timeout | undefined;
-  const late = new Promise<undefined>((resolve) => (timer = setTimeout(() => resolve(undefined), ms)));
-  try {
-    return await Promise.race([promise, late]);
-  } finally {
-    clearTimeout(timer);
+/** Which routing keys the packets and messages of a namespace take. */
+class Routes {
+  readonly #key: string;
+  /** By room; users pass `undefined` as well, and mean a room that nobody is in. */
+  readonly #ready = new Map<Room | undefined, Destination>();
+  readonly #everyone: Destination;
+  readonly #messages: Destination;
+  /** Rooms that sockets of other servers were made to join, and until when their packets go to everyone (ms, monotonic). */
+  readonly #fromAfar = new Map<Room, number>();
+
+  readonly nsp: string;
+  /** Whether rooms named like a socket id have a key of their own. */
+  readonly bound: boolean;
+
+  constructor(nsp: string, bound: boolean) {
+    this.nsp = nsp;
+    this.bound = bound;
+    this.#key = namespaceKey(nsp);
+    const keys = [this.#key];
+    this.#everyone = { nsp, kind: SectionKind.Everyone, head: "", keys, volatile: false };
+    this.#messages = { nsp, kind: SectionKind.Messages, head: "", keys, volatile: false };
   }
-}
 
-/** Closes what `amqpConnection` returned. */
-async function release(model: AmqpConnection): Promise<void> {
-  await within(
-    CLOSE_PATIENCE,
-    model.close().catch((error) => debug("close: %s", asError(error).message)),
-  );
-}
+  packets(opts: BroadcastOptions): Destination {
+    const { rooms, except, flags } = opts;
+    if (rooms.size > 1 || except?.size || flags?.volatile !== undefined || flags?.compress !== undefined)
+      return this.#withOptions(opts);
+    if (rooms.size === 0) return this.#everyone;
+    const [room] = rooms as Set<Room | undefined>;
+    const ready = this.#ready.get(room);
+    if (ready && (this.#fromAfar.size === 0 || !this.#isFromAfar(room))) return ready;
+    if (typeof room !== "string") return this.#withOptions({ rooms });
+    const destination = { ...this.#everyone, kind: SectionKind.Room, head: room, keys: this.#keys(rooms) };
+    if (this.#fromAfar.size > 0) return destination;
+    if (this.#ready.size >= MAX_ROUTES) this.#ready.clear();
+    this.#ready.set(room, destination);
+    return destination;
+  }
 
-const isRefused = (error: Error): boolean => error instanceof Refusal || /ACCESS.REFUSED/.test(error.message);
+  /** What an emitter's event without a parser of its own, and what is asked of servers, goes by. */
+  message(message: Message): Destination {
+    if (message.type !== "packet") return this.#messages;
+    const { rooms, flags } = message.opts;
+    return { ...this.#messages, keys: this.#keys(rooms), volatile: Boolean(flags.volatile) };
+  }
 
-function backoff(attempt: number, error: Error): number {
-  const limit = isRefused(error) ? BACKOFF.refused : BACKOFF.limit;
-  return Math.min(limit, BACKOFF.first * 2 ** attempt) * (0.5 + Math.random() / 2);
-}
+  /** To one server. */
+  direct(uid: string): Destination {
+    return { ...this.#messages, kind: SectionKind.Direct, keys: [serverKey(uid)] };
+  }
 
-/** What amqplib adds to an error by which the broker closed a channel. */
-type BrokerError = Error & { code?: number; classId?: number; methodId?: number };
+  /** Other servers' sockets are made to join these rooms. */
+  joinFromAfar(rooms: Room[]): void {
+    const now = performance.now();
+    for (const [room, until] of this.#fromAfar) if (until < now) this.#fromAfar.delete(room);
+    for (const room of rooms) this.#fromAfar.set(room, now + JOINED_FROM_AFAR);
+  }
 
-/** Which permission an AMQP method needs, by class and method id (https://www.rabbitmq.com/docs/access-control). */
-const PERMISSIONS: Record<string, string> = {
-  "40,10": "configure",
-  "40,20": "configure",
-  "50,10": "configure",
-  "40,30": "write and read",
-  "40,40": "write and read",
-  "60,20": "read",
-  "60,40": "write",
-};
+  #isFromAfar(room: Room | undefined): boolean {
+    const until = room === undefined ? undefined : this.#fromAfar.get(room);
+    if (until === undefined) return false;
+    if (until > performance.now()) return true;
+    if (room !== undefined) this.#fromAfar.delete(room);
+    return false;
+  }
 
-/** Says what to do where the broker refuses. */
-function explain(error: BrokerError, link: string, prefix: string): Error {
-  const { message, classId, methodId } = error;
-  // Newer brokers name the permission; a queue needs write to be bound, and the exchange read.
-  const bound = classId === 50 && methodId !== 10 ? (/to queue/.test(message) ? "write" : "read") : undefined;
-  const missing = /(configure|write|read) access/.exec(message)?.[1] ?? bound ?? PERMISSIONS[`${classId},${methodId}`];
-  const pattern = `^${prefix.replace(/[^\w-]/g, "\\$&")}(#|$)`;
-  const advice = isRefused(error) && missing ? `; grant the user ${missing} permission on ${pattern}` : "";
-  return new Error(`The ${link} connection was lost: ${message}${advice}`, { cause: error });
-}
+  #withOptions({ rooms, except, flags }: BroadcastOptions): Destination {
+    const head = JSON.stringify([[...rooms], [...(except ?? [])], sentFlags(flags)]);
+    const volatile = Boolean(flags?.volatile);
+    return { ...this.#everyone, kind: SectionKind.Options, head, keys: this.#keys(rooms), volatile };
+  }
 
-/** The same for each attempt: without the name of the queue, which changes. */
-const kindOf = (error: Error): string => error.message.replace(/'[^']*'/g, "");
-
-/** A channel that goes down with its connection, and takes it down. */
-function watched<C extends Channel>(channel: C, lose: Lose): C {
-  channel.on("error", lose);
-  // A connection closes its channels first, and then says why.
-  channel.on("close", () => queueMicrotask(() => lose(new Error("Channel closed"))));
-  return channel;
-}
-
-/** Closes a channel of a connection that stays. */
-function discard(channel: Channel | undefined): void {
-  channel?.close().catch((error) => debug("close: %s", asError(error).message)); // it has been closed
+  #keys(rooms: Iterable<Room>): string[] {
+    const keys = new Set<string>();
+    for (const room of rooms) {
+      if ((!this.bound && isSocketId(room)) || this.#isFromAfar(room)) return [this.#key];
+      keys.add(roomKey(this.nsp, room));
+    }
+    return keys.size === 0 ? [this.#key] : [...keys];
+  }
 }
 
 // ── Bindings: what is bound follows the rooms ────────────────────────────────────────────────────────────────────────
@@ -1781,8 +2704,8 @@ const MAX_ROOM_EXCHANGES = 100;
 class Bindings {
   /** Bound keys. One that is being unbound is none of them. */
   readonly bound = new Map<string, Way>();
-  /** Since when the queue gets what is published under a key (ms, monotonic), by the key's digest. */
-  readonly since = new Map<number, number>();
+  /** The digests of bound keys, and of the server's own. */
+  readonly digests = new Set<number>();
   /** Whether the queue gets everything. */
   takesAll = false;
   /** Whether rooms get exchanges of their own. */
@@ -1794,11 +2717,11 @@ class Bindings {
   /** Joins that wait until their key is live. */
   readonly #waiting = new Map<string, PromiseWithResolvers<void>>();
 
-  constructor(
-    /** By the name of their namespace. */
-    readonly owners: ReadonlyMap<string, RoomOwner>,
-    mayHaveExchanges: boolean,
-  ) {
+  /** By the name of their namespace. */
+  readonly owners: ReadonlyMap<string, RoomOwner>;
+
+  constructor(owners: ReadonlyMap<string, RoomOwner>, mayHaveExchanges: boolean) {
+    this.owners = owners;
     this.#mayHaveExchanges = mayHaveExchanges;
   }
 
@@ -1859,8 +2782,8 @@ class Bindings {
     this.#busy.delete(key);
     if (to) {
       this.bound.set(key, to);
-      this.since.set(digestOf(key), performance.now());
-    } else this.since.delete(digestOf(key));
+      this.digests.add(digestOf(key));
+    } else this.digests.delete(digestOf(key));
     void this.look(key);
     const isRoom = this.#ownerOf(key)?.key !== key;
     this.resolve(isRoom ? [key] : this.#waiting.keys());
@@ -1925,6 +2848,14 @@ function mayHaveRoomExchanges(model: AmqpConnection, wanted: boolean | undefined
   return wanted ?? safe;
 }
 
+/** How large a frame may be on this connection, in bytes: what was negotiated with the broker. amqplib leaves it out of its types. */
+function frameMax(model: AmqpConnection): number {
+  return (model as { connection?: { frameMax?: number } }).connection?.frameMax ?? MIN_FRAME;
+}
+
+/** AMQP 0-9-1's smallest `frame_max`. */
+const MIN_FRAME = 4_096;
+
 /** amqplib leaves the properties out of the type of its recovering connection. */
 function brokerVersion(model: AmqpConnection): string {
   const { connection } = model as { connection?: { serverProperties?: { version?: unknown } } };
@@ -1960,13 +2891,19 @@ class Topology {
   #switching = false;
   #ended = false;
 
-  constructor(
-    readonly model: AmqpConnection,
-    readonly lose: Lose,
-    readonly names: Names,
-    readonly queue: string,
-    readonly bindings: Bindings,
-  ) {}
+  readonly model: AmqpConnection;
+  readonly lose: Lose;
+  readonly names: Names;
+  readonly queue: string;
+  readonly bindings: Bindings;
+
+  constructor(model: AmqpConnection, lose: Lose, names: Names, queue: string, bindings: Bindings) {
+    this.model = model;
+    this.lose = lose;
+    this.names = names;
+    this.queue = queue;
+    this.bindings = bindings;
+  }
 
   /**
    * Makes the queue, which takes everything from here on; `own` are the server's keys. Rooms are bound once the queue `before`
@@ -1988,7 +2925,7 @@ class Topology {
       ...own.map((key, i) => (lanes[i] ?? channel).bindQueue(queue, names.keys, key)),
       channel.bindQueue(queue, names.main, ""),
     ]);
-    for (const key of own) bindings.since.set(digestOf(key), performance.now());
+    for (const key of own) bindings.digests.add(digestOf(key));
     bindings.takesAll = true;
     await channel.consume(queue, (message) => this.#ended || receive(message), { noAck: true });
     removed(model, before).then(() => {
@@ -2153,887 +3090,504 @@ async function openLane(model: AmqpConnection): Promise<Channel> {
   return channel;
 }
 
-// ── Outbox: frames on their way to the broker, and the journal of those that were sent ───────────────────────────────
+// ── Connections ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Where the packets of a frame go. */
-interface Destination {
-  readonly kind: Kind;
-  readonly exchange: string;
-  readonly key: string;
-  readonly options: Options.Publish;
-  /** Tells the receiver what the packets are for. */
-  readonly head: string;
-  readonly volatile: boolean;
-  /** Of the exchange with each of the keys: made for the first frame. */
-  digests?: number[];
+interface ConnectionEvents {
+  /** Everything that has to be done on a new connection, at the start and after each loss. */
+  up(model: AmqpConnection, lose: Lose): Promise<void>;
+  /** It has been done. */
+  live(): void;
+  down(error: Error): void;
 }
+type Lose = (error: Error) => void;
+type Timeout = ReturnType<typeof setTimeout>;
 
-/** A frame that still takes packets. */
-interface Draft extends Content {
-  readonly to: Destination;
-  /** When it was begun (ms, monotonic). */
-  readonly at: number;
-  size: number;
-}
+/** Delays between attempts, in ms: doubled up to the limit, with jitter. */
+const BACKOFF = { first: 100, limit: 1_000, refused: 10_000 };
+/** A connection that has lasted this long (ms) starts the back-off anew. */
+const STABLE = 5_000;
 
-/** A frame that is under way, or waits. */
-interface Entry {
-  readonly to: Destination;
-  readonly number: number;
-  /** In a page of the journal: amqplib copies what it sends. */
-  readonly body: Buffer;
-  readonly packets: number;
-  confirmed: boolean;
-}
+/** Connections that have been returned before: a function that returns one again is told so. */
+const used = new WeakSet<AmqpConnection>();
 
-/** A piece of the journal: frames one behind the other, their numbers too. */
-interface Page {
-  content: Buffer;
-  packed: boolean;
-  /** The number of its first frame. */
-  readonly first: number;
-  /** Where each frame ends. */
-  readonly ends: number[];
-  /** For each frame the key of the one server that may have it again; undefined for all servers. */
-  readonly readers: (string | undefined)[];
-  /** When its first and its last frame were begun (ms, monotonic). */
-  readonly since: number;
-  until: number;
-}
-
-/** The answer to a peer's question what it has missed. */
-interface Missed {
-  /** The first number that the answer covers. */
-  from: number;
-  /** How many before it the journal no longer holds, without those that this server counts as dropped. */
-  lost: number;
-  /** The last number that was sent. */
-  to: number;
-  bodies: Iterable<Buffer>;
-}
-
-interface OutboxEvents {
-  report(error: Error): void;
-  /** A message to one queue came back: there is no such queue. */
-  unreachable(uid: string): void;
-  /** The broker takes messages again. */
-  ready(): void;
-}
-
-/** While a frame is unconfirmed, one that may still grow waits until this many ms after it. */
-const SPACING = 1;
-/** And while so many are, until one of them is confirmed, or this many ms after the last one. */
-const WINDOW = 8;
-const STALLED_SPACING = 10;
-/** amqplib's word for a message that the broker did not take. */
-const NACKED = "message nacked";
-/** How many bytes of complete frames may be unconfirmed before the next one waits. */
-const IN_FLIGHT = 256 * 1024;
-/** A frame takes packets up to about this size, in bytes. */
-const FRAME_SIZE = 32 * 1024;
-/** What the header and a replay add to a packet, at most (bytes). */
-const OVERHEAD = 768;
-/** What a frame that is not confirmed yet costs beyond its bytes, roughly: counted with them. */
-const ENTRY_OVERHEAD = 256;
-/** The bytes of a page of the journal, if no larger frame needs more. */
-const PAGE = 128 * 1024;
-/** A page has at most this part of the bytes that the journal may hold, and of the time for which it keeps them. */
-const PAGE_SHARE = 1 / 16;
-/** The reader of a frame that nobody may have again. */
-const NOBODY = "";
-/** How many runs of dropped frames are remembered, so that no peer counts them too. */
-const MAX_RUNS = 1_000;
-/** Dropped frames are reported together, this many ms after the first. */
-const DROP_REPORT = 1_000;
-
-const lastOf = ({ first, ends }: Page): number => first + ends.length - 1;
-const bytesOf = ({ ends }: Page): number => ends.at(-1) ?? 0;
-
-function* framesIn(pages: Page[], from: number, to: number, reader: string): Generator<Buffer> {
-  for (const page of pages) {
-    const { first, ends, readers } = page;
-    const count = Math.min(ends.length, to - first + 1);
-    let unpacked: Buffer | undefined;
-    for (let i = Math.max(0, from - first); i < count; i++) {
-      if ((readers[i] ?? reader) !== reader) continue;
-      // It may be packed meanwhile, and its buffer used again.
-      const frames = page.packed ? (unpacked ??= Bun.zstdDecompressSync(page.content)) : page.content;
-      yield frames.subarray(ends[i - 1] ?? 0, ends[i]);
-    }
-  }
-}
-
-/**
- * The frames of the last `journal.ms`, in pages that are written one after the other and packed once they are confirmed. As
- * an object, or as a buffer of its own, each of some hundred thousand frames would cost the garbage collector and the kernel
- * more time than all else that is done with it; so would 16 MiB of unpacked pages, for the more lives, the more garbage
- * JavaScriptCore lets pile up.
- */
-class Journal {
-  /** Of all frames. */
-  bytes = 0;
-  /** The oldest first. */
-  readonly pages: Page[] = [];
-  readonly #pageSize: number;
-  /** A frame that waits takes packets no longer than this (ms), nor does a page take frames. */
-  readonly pageTime: number;
-  /** The buffer of a page that was packed, for the next one. */
-  #spare: Buffer | undefined;
-
-  constructor({ bytes, ms }: Settings["journal"]) {
-    this.#pageSize = Math.min(PAGE, Math.ceil(bytes * PAGE_SHARE));
-    this.pageTime = ms * PAGE_SHARE;
-  }
-
-  /**
-   * The first number that it holds; undefined if it is empty. Of what came later it lacks what was dropped unsent behind a
-   * frame that is still under way.
-   */
-  get oldest(): number | undefined {
-    return this.pages[0]?.first;
-  }
-
-  /** Room for the frame with the next number, which was begun `at`. */
-  add(number: number, at: number, size: number, reader: string | undefined): Buffer {
-    let page = this.pages.at(-1);
-    let end = page ? bytesOf(page) : 0;
-    const goesOn = page && lastOf(page) === number - 1 && at - page.since <= this.pageTime;
-    if (!page || !goesOn || end + size > page.content.length) {
-      const content = this.#buffer(size);
-      page = { content, packed: false, first: number, ends: [], readers: [], since: at, until: at };
-      this.pages.push(page);
-      end = 0;
-    }
-    this.bytes += size;
-    page.ends.push(end + size);
-    page.readers.push(reader);
-    page.until = at;
-    return page.content.subarray(end, end + size);
-  }
-
-  #buffer(size: number): Buffer {
-    const spare = this.#spare;
-    if (!spare || size > spare.length) return Buffer.allocUnsafeSlow(Math.max(this.#pageSize, size));
-    this.#spare = undefined;
-    return spare;
-  }
-
-  drop(index: number): void {
-    for (const page of this.pages.splice(index, 1)) this.bytes -= bytesOf(page);
-  }
-
-  /** Packs the pages whose frames have all been confirmed, up to this number; the newest page may take more. */
-  pack(settled: number): void {
-    for (let i = this.pages.length - 2; i >= 0; i--) {
-      const page = this.pages[i]!;
-      if (page.packed) return;
-      if (lastOf(page) > settled) continue;
-      const { content } = page;
-      page.content = Bun.zstdCompressSync(content.subarray(0, bytesOf(page)), { level: 1 });
-      page.packed = true;
-      if (content.length === this.#pageSize) this.#spare = content;
-    }
-  }
-
-  /** The frames from one number to another that a reader may have. Each is there until the next one is asked for. */
-  read(from: number, to: number, reader: string): Iterable<Buffer> {
-    const pages = this.pages.filter((page) => lastOf(page) >= from && page.first <= to);
-    return framesIn(pages, from, to, reader);
-  }
-
-  /** Nobody is to have this frame again. */
-  withdraw(number: number): void {
-    const page = this.#pageOf(number);
-    if (page) page.readers[number - page.first] = NOBODY;
-  }
-
-  /** Undefined if there is no such frame. */
-  digest(number: number): number | undefined {
-    const page = this.#pageOf(number);
-    if (!page) return undefined;
-    const { content, packed, first, ends } = page;
-    const frames = packed ? Bun.zstdDecompressSync(content) : content;
-    return Bun.hash.crc32(frames.subarray(ends[number - first - 1] ?? 0, ends[number - first]));
-  }
-
-  #pageOf(number: number): Page | undefined {
-    const page = this.pages.findLast(({ first }) => first <= number);
-    return page && number <= lastOf(page) ? page : undefined;
-  }
-}
-
-/**
- * Puts packets into frames and frames onto the publishing connection. An idle server publishes at once; a busy one lets
- * the next frame grow while others are unconfirmed, for `SPACING` at most as long as the broker keeps up. Nagle's algorithm
- * (RFC 896), with confirms for acknowledgements.
- */
-class Outbox {
-  /** Frames given up before the broker had confirmed them. */
-  dropped = 0;
-  /** Their numbers. */
-  readonly #droppedRuns: { from: number; to: number }[] = [];
-  #channel: ConfirmChannel | undefined;
-  #lose: Lose = () => {};
-  #blocked = false;
+/** Keeps one connection up until it is closed. */
+class Connection {
+  /** Since when the connection is up (ms, monotonic); undefined while it is not. */
+  upSince: number | undefined;
+  /** How often it has come up again. */
+  reconnects = -1;
+  readonly #name: "consuming" | "publishing";
+  readonly #settings: Settings;
+  readonly #report: (error: Error) => void;
+  readonly #events: ConnectionEvents;
   #closed = false;
-  /** So far below `maxPayload` that neither multi-byte text nor the header reaches it. */
-  readonly #frameSize: number;
-  /** What is under way, waits, or is confirmed behind one that is not, by number. The rest is confirmed, or was dropped. */
-  readonly #frames = new Map<number, Entry>();
-  readonly #journal: Journal;
-  #draft: Draft | undefined;
-  #number = 0;
-  /** The next to be sent on this connection, and the last that ever was its turn: sent, or dropped. */
-  #next = 1;
-  #reached = 0;
-  /** On this channel. */
-  #framesInFlight = 0;
-  #bytesInFlight = 0;
-  /** The latest frame (ms, monotonic). */
-  #publishedAt = 0;
-  /** Runs while a frame waits for that to be `SPACING` ago. */
-  #spacing: Timeout | undefined;
-  /** This one and all before it are confirmed, or gone. */
-  #settled = 0;
-  readonly #waiters: { number: number; resolve: () => void }[] = [];
-  #scheduled = false;
-  #droppedReported = 0;
-  #dropReport: Timeout | undefined;
-  #counts = { framesSent: 0, packetsSent: 0 };
+  #wake: (() => void) | undefined;
+  #lose: Lose | undefined;
+  #running: Promise<void> | undefined;
 
   constructor(
-    readonly uid: string,
-    readonly names: Names,
-    readonly settings: Pick<Settings, "maxPayload" | "journal">,
-    readonly events: OutboxEvents,
+    name: "consuming" | "publishing",
+    settings: Settings,
+    report: (error: Error) => void,
+    events: ConnectionEvents,
   ) {
-    this.#frameSize = Math.min(FRAME_SIZE, settings.maxPayload / 8);
-    this.#journal = new Journal(settings.journal);
+    this.#name = name;
+    this.#settings = settings;
+    this.#report = report;
+    this.#events = events;
   }
 
-  get connected(): boolean {
-    return this.#channel !== undefined;
+  start(): void {
+    this.#running = this.#run();
   }
 
-  get stats() {
-    return {
-      ...this.#counts,
-      journalBytes: this.#bytes,
-      unconfirmed: this.#frames.size + Number(this.#draft !== undefined),
-    };
+  async close(): Promise<void> {
+    this.#closed = true;
+    this.#wake?.();
+    this.#lose?.(new Error("closed"));
+    // Without #lose it is still connecting, which nobody can abort: what comes of it is closed then.
+    if (this.#lose) await this.#running;
   }
 
-  get #bytes(): number {
-    return this.#journal.bytes + this.#frames.size * ENTRY_OVERHEAD;
-  }
-
-  /** The number up to which all has been sent, once what had to be sent again is under way; undefined before. */
-  get position(): number | undefined {
-    return this.connected && !this.#blocked && this.#next > this.#reached ? this.#reached : undefined;
-  }
-
-  /** A packet for a destination. Volatile ones are dropped while the broker is away. */
-  add(to: Destination, parts: readonly unknown[]): void {
-    if (this.#closed || (to.volatile && (!this.#channel || this.#blocked))) return;
-    let size = 0;
-    for (const part of parts) size += partLength(part);
-    if ((to.head.length + size) * 3 + OVERHEAD > this.settings.maxPayload && !this.#fits(to, parts)) return;
-    let draft = this.#draft;
-    if (draft && (draft.size + size > this.#frameSize || !sameDestination(draft.to, to))) {
-      this.#seal(draft);
-      draft = undefined;
-    }
-    draft ??= this.#draft = {
-      to,
-      at: performance.now(),
-      table: [],
-      binaries: [],
-      text: "",
-      packets: 0,
-      size: to.head.length,
-    };
-    for (let i = 1; i <= parts.length; i++) {
-      const part = parts[i - 1];
-      const more = i < parts.length ? MORE_PARTS : 0;
-      if (typeof part === "string") {
-        draft.text += part;
-        draft.table.push(part.length + more);
-      } else {
-        const binary = Buffer.from(asBinary(part)!); // a copy: the caller may reuse the buffer
-        draft.binaries.push(binary);
-        draft.table.push(binary.length + more + BINARY);
-      }
-    }
-    draft.packets++;
-    draft.size += size;
-    if (!this.#scheduled) {
-      this.#scheduled = true;
-      queueMicrotask(this.#flush);
-    }
-  }
-
-  #fits(to: Destination, parts: readonly unknown[]): boolean {
-    const { maxPayload } = this.settings;
-    let size = OVERHEAD + 4 * parts.length + Buffer.byteLength(to.head);
-    for (const part of parts) size += typeof part === "string" ? Buffer.byteLength(part) : partLength(part);
-    if (size <= maxPayload) return true;
-    this.events.report(new RangeError(`A packet of ${size} bytes was not sent: maxPayload is ${maxPayload} bytes`));
-    return false;
-  }
-
-  #seal(draft: Draft): void {
-    this.#draft = undefined;
-    const { to, at, packets } = draft;
-    const number = ++this.#number;
-    to.digests ??= [to.key, ...(to.options.CC ?? [])].map(digestOf);
-    const place = (size: number) => this.#journal.add(number, at, size, readerOf(to));
-    const body = encodeFrame(to.kind, this.uid, number, to.head, draft, this.#predecessorsOf(to), place);
-    this.#frames.set(number, { to, number, body, packets, confirmed: false });
-  }
-
-  /**
-   * The frames before the next one that are not confirmed yet, for the broker may deliver these in another order: of each
-   * how many numbers back it is, and its digest.
-   */
-  #predecessorsOf(to: Destination): number[] {
-    const predecessors: number[] = [];
-    if (to.volatile) return predecessors;
-    const first = Math.max(this.#settled + 1, this.#number - MAX_PREDECESSORS);
-    for (let number = this.#number - 1; number >= first; number--) {
-      const entry = this.#frames.get(number);
-      if (!entry || entry.confirmed || entry.to.volatile) continue;
-      for (const digest of entry.to.digests ?? []) {
-        predecessors.push(this.#number - number, digest);
-        if (predecessors.length === 2 * MAX_DIGESTS) return predecessors;
-      }
-    }
-    return predecessors;
-  }
-
-  readonly #flush = (): void => {
-    this.#scheduled = false;
-    const draft = this.#draft;
-    if (draft && performance.now() - draft.at > this.#journal.pageTime) this.#seal(draft);
-    while (this.#channel && !this.#blocked && !this.#closed && this.#bytesInFlight < IN_FLIGHT) {
-      if (this.#next > this.#number) {
-        if (!this.#draft || this.#isEarly()) break;
-        this.#seal(this.#draft);
-      }
-      const entry = this.#frames.get(this.#next);
-      this.#advance();
-      if (entry && !entry.confirmed) this.#publish(this.#channel, entry);
-    }
-    this.evict();
-  };
-
-  /** Whether the next frame is to grow on. */
-  #isEarly(): boolean {
-    if (this.#framesInFlight === 0) return false;
-    const spacing = this.#framesInFlight < WINDOW ? SPACING : STALLED_SPACING;
-    const early = spacing - (performance.now() - this.#publishedAt);
-    if (early <= 0) return false;
-    this.#spacing ??= setTimeout(() => {
-      this.#spacing = undefined;
-      this.#flush();
-    }, early);
-    return true;
-  }
-
-  #settle(): void {
-    while (this.#settled + 1 < this.#next) {
-      const entry = this.#frames.get(this.#settled + 1);
-      if (entry && !entry.confirmed) break;
-      this.#frames.delete(++this.#settled);
-    }
-    this.#journal.pack(this.#settled);
-    while (this.#waiters[0] && this.#waiters[0].number <= this.#settled) this.#waiters.shift()?.resolve();
-  }
-
-  /** Waits up to `ms` until the broker has confirmed what was added so far. Resolves with how many frames it has not. */
-  async confirmed(ms: number): Promise<number> {
-    if (this.#draft) this.#seal(this.#draft);
-    this.#flush();
-    const number = this.#number;
-    if (this.#settled < number) {
-      const { promise, resolve } = Promise.withResolvers<void>();
-      this.#waiters.push({ number, resolve });
-      await within(ms, promise);
-    }
-    return [...this.#frames.values()].filter((frame) => frame.number <= number && !frame.confirmed).length;
-  }
-
-  #publish(channel: ConfirmChannel, entry: Entry): void {
-    const { to, number, body, packets } = entry;
-    this.#publishedAt = performance.now();
-    this.#framesInFlight++;
-    this.#bytesInFlight += body.length;
-    this.#counts.framesSent++;
-    this.#counts.packetsSent += packets;
-    try {
-      channel.publish(to.exchange, to.key, body, to.options, (error: Error | null) => {
-        if (channel !== this.#channel || (error && error.message !== NACKED)) return; // the channel has closed, and says so
-        // A nack: a queue is full or gone. Not again, for the others have it; a server without a queue asks when it is back.
-        if (error) debug("frame %d: %s", number, error.message);
-        entry.confirmed = true;
-        this.#framesInFlight--;
-        this.#bytesInFlight -= body.length;
-        this.#flush();
-      });
-    } catch (error) {
-      this.#lose(asError(error)); // the channel has just closed
-    }
-  }
-
-  /** Drops the pages that there is no room or time for: also those of frames that wait, but not of any that is under way. */
-  evict(): void {
-    const { bytes, ms } = this.settings.journal;
-    const { pages } = this.#journal;
-    const expired = performance.now() - ms;
-    let underWay = 0;
-    for (let i = 0; i < pages.length;) {
-      const page = pages[i]!;
-      const last = lastOf(page);
-      const tooMany = this.#bytes - underWay > bytes && last < this.#number; // the newest page may be one large frame
-      if (!tooMany && page.until >= expired) break;
-      if (Math.max(page.first, this.#settled + 1) <= Math.min(last, this.#next - 1)) {
-        underWay += bytesOf(page) + page.ends.length * ENTRY_OVERHEAD;
-        i++;
-        continue;
-      }
-      for (let number = Math.max(page.first, this.#next); number <= last; number++)
-        this.#drop(this.#frames.get(number));
-      this.#journal.drop(i);
-    }
-    this.#skip();
-  }
-
-  /** What has been dropped need not wait for its turn. */
-  #skip(): void {
-    while (this.#next <= this.#number && !this.#frames.has(this.#next)) this.#advance();
-    this.#settle();
-  }
-
-  #advance(): void {
-    this.#reached = Math.max(this.#reached, this.#next++);
-  }
-
-  /** Gives a frame up that the broker has not confirmed. */
-  #drop(entry: Entry | undefined): void {
-    if (!entry) return;
-    this.#frames.delete(entry.number);
-    if (entry.confirmed || entry.to.volatile) return;
-    this.#countDropped(entry);
-    if (!this.#closed) this.#dropReport ??= setTimeout(() => this.#reportDrops(), DROP_REPORT);
-  }
-
-  #countDropped({ number }: Entry): void {
-    this.dropped++;
-    const latest = this.#droppedRuns.at(-1);
-    if (latest?.to === number - 1) latest.to = number;
-    else if (this.#droppedRuns.push({ from: number, to: number }) > MAX_RUNS) this.#droppedRuns.shift();
-  }
-
-  /** How many frames with numbers between these two were dropped. */
-  #droppedBetween(after: number, before: number): number {
-    let count = 0;
-    for (const { from, to } of this.#droppedRuns)
-      count += Math.max(0, Math.min(to, before - 1) - Math.max(from, after + 1) + 1);
-    return count;
-  }
-
-  #reportDrops(): void {
-    clearTimeout(this.#dropReport);
-    this.#dropReport = undefined;
-    const frames = this.dropped - this.#droppedReported;
-    this.#droppedReported = this.dropped;
-    if (frames === 0) return;
-    const { bytes, ms } = this.settings.journal;
-    this.events.report(
-      new Error(`Lost ${frames} frames that waited for the broker: the journal holds ${bytes} bytes and ${ms} ms`),
-    );
-  }
-
-  // The publishing connection: one setup, for the start and after each loss.
-
-  async up(model: AmqpConnection, lose: Lose): Promise<void> {
-    this.#lose = lose;
-    const channel = watched(await model.createConfirmChannel(), lose);
-    channel.on("return", ({ fields }) => this.events.unreachable(fields.routingKey.slice(ALL_SERVERS.length)));
-    const emitter: NodeJS.EventEmitter = model;
-    emitter.on("blocked", (reason: string) => {
-      this.#blocked = true;
-      this.events.report(new Error(`The broker blocks publishing: ${reason}`));
-    });
-    emitter.on("unblocked", () => {
-      this.#blocked = false;
-      this.#flush();
-      this.events.ready();
-    });
-    await declare(channel, this.names);
-    if (this.#lose !== lose) return;
-    this.#channel = channel;
-    if (this.#draft) this.#seal(this.#draft);
-    this.evict();
-    this.#flush();
-  }
-
-  down(error: BrokerError): void {
-    // A frame that is larger than the broker allows would close every next channel as well.
-    if (error.code === 406 && error.classId === 60) this.#dropLargest(error);
-    this.#channel = undefined;
-    this.#lose = () => {};
-    this.#blocked = false;
-    this.#framesInFlight = this.#bytesInFlight = 0;
-    if (this.#draft?.to.volatile) this.#draft = undefined;
-    for (const { number, to } of this.#frames.values()) if (to.volatile) this.#frames.delete(number); // not after the outage
-    // What was under way waits again: from the first frame that the broker has not confirmed, in order.
-    this.#settle();
-    this.#next = this.#settled + 1;
-    this.#skip();
-  }
-
-  #dropLargest(error: Error): void {
-    let largest: Entry | undefined;
-    for (let number = this.#settled + 1; number < this.#next; number++) {
-      const entry = this.#frames.get(number);
-      if (entry && !entry.confirmed && entry.body.length > (largest?.body.length ?? 0)) largest = entry;
-    }
-    if (!largest) return;
-    this.#journal.withdraw(largest.number);
-    this.#frames.delete(largest.number);
-    if (!largest.to.volatile) {
-      this.#countDropped(largest);
-      this.#droppedReported++;
-    }
-    this.events.report(
-      new RangeError(
-        `A frame of ${largest.body.length} bytes was refused by the broker: ${error.message}; lower maxPayload`,
-      ),
-    );
-  }
-
-  /** A message about the cluster itself: sent at once or not at all, and not numbered. Resolves with its success. */
-  control(key: string, control: Control, attachment?: Buffer): Promise<boolean> {
-    const channel = this.#channel;
-    if (!channel || this.#blocked || this.#closed) return Promise.resolve(false);
-    const json = JSON.stringify(control);
-    const table = attachment ? [json.length + MORE_PARTS, attachment.length + BINARY] : [json.length];
-    const content = { packets: 1, table, text: json, binaries: attachment ? [attachment] : [] };
-    const body = encodeFrame(Kind.Control, this.uid, 0, "", content);
-    const isForAll = key === ALL_SERVERS;
-    return new Promise((resolve) => {
-      // A nack of what is for all: some queues were full, the others have it.
-      const confirmed = (error: Error | null) => resolve(!error || (isForAll && error.message === NACKED));
+  async #run(): Promise<void> {
+    let reported: string | undefined;
+    for (let attempt = 0; !this.#closed; attempt++) {
+      const { promise: lost, resolve: lose } = Promise.withResolvers<Error>();
+      let model: AmqpConnection | undefined;
+      let error: Error;
       try {
-        channel.publish(this.names.keys, key, body, { mandatory: !isForAll }, confirmed);
-      } catch {
-        resolve(false); // the channel has just closed
+        model = await this.#open();
+        this.#lose = lose;
+        if (this.#closed) lose(new Error("closed"));
+        watch(model, lose);
+        const failed = await Promise.race([this.#events.up(model, lose), lost]);
+        if (failed) throw failed;
+        this.upSince = performance.now();
+        this.reconnects++;
+        reported = undefined;
+        this.#events.live();
+        error = await lost;
+      } catch (reason) {
+        error = asError(reason);
       }
+      if (this.upSince !== undefined && performance.now() - this.upSince > STABLE) attempt = 0;
+      this.upSince = undefined;
+      this.#events.down(error);
+      if (model) await release(model);
+      this.#lose = undefined;
+      if (this.#closed) return;
+      // Once per outage, unless there is news.
+      if (kindOf(error) !== reported) this.#report(explain(error, this.#name, this.#settings.prefix));
+      reported = kindOf(error);
+      await this.#pause(backoff(attempt, error));
+    }
+  }
+
+  /** A connection, or an error: one that does not answer at all is given up, and closed if it answers later. */
+  async #open(): Promise<AmqpConnection> {
+    let late = false;
+    const opening = (async () => {
+      const model = await this.#settings.amqpConnection();
+      if (typeof model?.createConfirmChannel !== "function" || typeof model.close !== "function")
+        throw new TypeError(`amqpConnection returned ${Bun.inspect(model)}, not what amqplib's connect() returns`);
+      if (used.has(model))
+        throw new TypeError(
+          "amqpConnection returned a connection that is in use: return a new connection from each call",
+        );
+      used.add(model);
+      if (late) {
+        watch(model, (error) => debug("late: %s", error.message));
+        await release(model);
+      }
+      return model;
+    })();
+    opening.catch(() => {}); // once it is late, nobody waits for it
+    const stopped = new Promise<undefined>((resolve) => {
+      this.#wake = () => {
+        late = true;
+        resolve(undefined);
+      };
+    });
+    const model = await within(CONNECT_PATIENCE, Promise.race([opening, stopped]));
+    late ||= !model;
+    if (!model) throw new Error(`amqpConnection did not connect within ${CONNECT_PATIENCE} ms`);
+    return model;
+  }
+
+  #pause(ms: number): Promise<void> {
+    return new Promise((resolve) => {
+      const timer = setTimeout(resolve, ms);
+      this.#wake = () => {
+        clearTimeout(timer);
+        resolve();
+      };
     });
   }
+}
 
-  /**
-   * What a peer has missed, of what was sent: all after the last frame that it proves to have taken (frames that are older
-   * than the journal need no proof), or after number `sure`. If it knows of none, all that the journal holds.
-   */
-  since(uid: string, taken: Taken[], sure?: number): Missed {
-    this.evict();
-    const oldest = this.#journal.oldest ?? this.#number + 1;
-    const isGenuine = ([number, digest]: Taken) => number < oldest || this.#journal.digest(number) === digest;
-    const claims = taken.filter(([number]) => number <= this.#reached).toSorted(([one], [other]) => other - one);
-    const proved = claims.find(isGenuine)?.[0];
-    const told = sure !== undefined && sure <= this.#reached ? sure : undefined;
-    const after = proved === undefined ? told : Math.max(proved, told ?? 0);
-    const to = this.#reached;
-    const from = Math.max((after ?? 0) + 1, oldest);
-    const lost = after === undefined ? 0 : from - after - 1 - this.#droppedBetween(after, from);
-    return { from, lost, to, bodies: this.#journal.read(from, to, serverKey(uid)) };
-  }
+/** Hears of the connection's end. The listeners stay: amqplib throws an error that nobody listens for. */
+function watch(model: AmqpConnection, lose: Lose): void {
+  // Both kinds have these events, and their overloads of `on` do not unite.
+  const emitter: NodeJS.EventEmitter = model;
+  emitter.on("error", lose).on("close", (error?: Error) => lose(error ?? new Error("Connection closed")));
+  emitter.on("disconnect", lose); // amqplib's recovering connection: replaced, not waited for
+  // amqplib leaves its socket out of its types. It also leaves Nagle's algorithm on, which holds a small message back for
+  // up to 40 ms while another is under way, and does not look at the socket's own "close".
+  const stream = (model as { connection?: { stream?: Partial<TcpSocket> } }).connection?.stream;
+  stream?.setNoDelay?.(true);
+  stream?.once?.("close", () => queueMicrotask(() => lose(new Error("Socket closed"))));
+}
 
-  /** Waits up to `ms` until the broker has confirmed everything, and says goodbye. */
-  async close(ms: number): Promise<void> {
-    const unconfirmed = await this.confirmed(ms);
-    const goodbye = this.control(ALL_SERVERS, { type: "bye" });
-    this.#closed = true; // nothing may come behind it
-    clearTimeout(this.#spacing);
-    await within(CLOSE_PATIENCE, goodbye);
-    this.#reportDrops();
-    if (unconfirmed > 0) throw new Error(`Closed before the broker confirmed ${unconfirmed} frames`);
+/** How long a closing server unbinds its rooms' exchanges, in ms, before it lets them go with its queue. */
+const UNBIND_PATIENCE = 5_000;
+/** How long amqpConnection may take, in ms. */
+const CONNECT_PATIENCE = 10_000;
+/** How long an answer to a goodbye is waited for, in ms: a dead link gives none. */
+const CLOSE_PATIENCE = 1_000;
+
+/** What a promise resolves to, or undefined after `ms`. */
+async function within<T>(ms: number, promise: Promise<T>): Promise<T | undefined> {
+  let timer: Timeout | undefined;
+  const late = new Promise<undefined>((resolve) => (timer = setTimeout(() => resolve(undefined), Math.max(0, ms))));
+  try {
+    return await Promise.race([promise, late]);
+  } finally {
+    clearTimeout(timer);
   }
 }
 
-/** Tells what is published under a routing key from all else, but for one in 2^32. */
-const digestOf = (key: string): number => Bun.hash.crc32(key);
-
-/** Who may have a frame for this destination again. */
-function readerOf({ volatile, key }: Destination): string | undefined {
-  if (volatile) return NOBODY;
-  return key.startsWith(ALL_SERVERS) ? key : undefined;
-}
-
-function sameDestination(a: Destination, b: Destination): boolean {
-  return (
-    a === b ||
-    (a.head === b.head &&
-      a.key === b.key &&
-      a.exchange === b.exchange &&
-      a.kind === b.kind &&
-      a.volatile === b.volatile &&
-      Bun.deepEquals(a.options, b.options)) // the keys of further rooms
+/** Closes what `amqpConnection` returned. */
+async function release(model: AmqpConnection): Promise<void> {
+  await within(
+    CLOSE_PATIENCE,
+    model.close().catch((error) => debug("close: %s", asError(error).message)),
   );
 }
 
-/** At most this many bytes of `CC`: the header has to fit into one AMQP frame (RabbitMQ: 128 KiB). */
-const MAX_CC = 32 * 1024;
-/** How many destinations are kept ready, for rooms that are emitted to again. */
-const MAX_ROUTES = 4_096;
+const isRefused = (error: Error): boolean => error instanceof Refusal || /ACCESS.REFUSED/.test(error.message);
 
-/** Which routing keys the packets of a namespace take. */
-class Routes {
-  readonly #key: string;
-  /** By room; users pass `undefined` as well, and mean a room that nobody is in. */
-  readonly #ready = new Map<Room | undefined, Destination>();
-  #everyone: Destination | undefined;
-
-  constructor(
-    readonly nsp: string,
-    readonly names: Names,
-    /** Whether rooms named like a socket id have a key of their own. */
-    readonly bound: boolean,
-  ) {
-    this.#key = namespaceKey(nsp);
-  }
-
-  packets({ rooms, except, flags }: BroadcastOptions): Destination {
-    if (rooms.size > 1 || except?.size || flags?.volatile !== undefined || flags?.compress !== undefined)
-      return this.#packets({ rooms, except, flags });
-    // One room, or all: made once.
-    if (rooms.size === 0) return (this.#everyone ??= this.#packets({ rooms }));
-    const [room] = rooms as Set<Room | undefined>;
-    let destination = this.#ready.get(room);
-    if (!destination) {
-      if (this.#ready.size >= MAX_ROUTES) this.#ready.clear();
-      this.#ready.set(room, (destination = this.#packets({ rooms })));
-    }
-    return destination;
-  }
-
-  #packets({ rooms, except = new Set(), flags: { volatile, compress } = {} }: BroadcastOptions): Destination {
-    const head = JSON.stringify([this.nsp, [...rooms], [...except], { volatile, compress }]);
-    return this.#destination(Kind.Packets, this.#keys(rooms), head, Boolean(volatile));
-  }
-
-  message(message: Message): Destination {
-    const toRooms =
-      message.type === "packet" || message.type === "join" || message.type === "leave" || message.type === "disconnect";
-    const keys = toRooms ? this.#keys(message.opts.rooms) : [this.#key];
-    return this.#destination(
-      Kind.Messages,
-      keys,
-      this.nsp,
-      message.type === "packet" && Boolean(message.opts.flags.volatile),
-    );
-  }
-
-  /** To one server. */
-  direct(uid: string): Destination {
-    return {
-      kind: Kind.Messages,
-      exchange: this.names.keys,
-      key: serverKey(uid),
-      options: { mandatory: true },
-      head: this.nsp,
-      volatile: false,
-    };
-  }
-
-  #destination(kind: Kind, [key = this.#key, ...CC]: string[], head: string, volatile: boolean): Destination {
-    return { kind, exchange: this.names.main, key, options: CC.length > 0 ? { CC } : {}, head, volatile };
-  }
-
-  #keys(rooms: Iterable<Room>): string[] {
-    const keys = new Set<string>();
-    let size = 0;
-    for (const room of rooms) {
-      if (!this.bound && isSocketId(room)) return [this.#key];
-      const key = roomKey(this.nsp, room);
-      keys.add(key);
-      size += key.length * 3;
-    }
-    return size > MAX_CC ? [this.#key] : [...keys];
-  }
+function backoff(attempt: number, error: Error): number {
+  const limit = isRefused(error) ? BACKOFF.refused : BACKOFF.limit;
+  return Math.min(limit, BACKOFF.first * 2 ** attempt) * (0.5 + Math.random() / 2);
 }
 
-// ── Frames: one AMQP message with one or more packets for the same destination ───────────────────────────────────────
+/** What amqplib adds to an error by which the broker closed a channel. */
+type BrokerError = Error & { code?: number; classId?: number; methodId?: number };
+
+/** Which permission an AMQP method needs, by class and method id (https://www.rabbitmq.com/docs/access-control). */
+const PERMISSIONS: Record<string, string> = {
+  "40,10": "configure",
+  "40,20": "configure",
+  "50,10": "configure",
+  "40,30": "write and read",
+  "40,40": "write and read",
+  "60,20": "read",
+  "60,40": "write",
+};
+
+/** Says what to do where the broker refuses. */
+function explain(error: BrokerError, link: string, prefix: string): Error {
+  const { message, classId, methodId } = error;
+  // Newer brokers name the permission; a queue needs write to be bound, and the exchange read.
+  const bound = classId === 50 && methodId !== 10 ? (/to queue/.test(message) ? "write" : "read") : undefined;
+  const missing = /(configure|write|read) access/.exec(message)?.[1] ?? bound ?? PERMISSIONS[`${classId},${methodId}`];
+  const pattern = `^${prefix.replace(/[^\w-]/g, "\\$&")}(#|$)`;
+  const advice = isRefused(error) && missing ? `; grant the user ${missing} permission on ${pattern}` : "";
+  return new Error(`The ${link} connection was lost: ${message}${advice}`, { cause: error });
+}
+
+/** The same for each attempt: without the name of the queue, which changes. */
+const kindOf = (error: Error): string => error.message.replace(/'[^']*'/g, "");
+
+/** A channel that goes down with its connection, and takes it down. */
+function watched<C extends Channel>(channel: C, lose: Lose): C {
+  channel.on("error", lose);
+  // A connection closes its channels first, and then says why.
+  channel.on("close", () => queueMicrotask(() => lose(new Error("Channel closed"))));
+  return channel;
+}
+
+/** Closes a channel of a connection that stays. */
+function discard(channel: Channel | undefined): void {
+  channel?.close().catch((error) => debug("close: %s", asError(error).message)); // it has been closed
+}
+
+// ── The wire: frames, each an AMQP message with packets for one namespace ────────────────────────────────────────────
 //
-//  0       1             2         10       16            20          24        28        32
-//  ┌───────┬─────────────┬─────────┬────────┬─────────────┬───────────┬─────────┬─────────┬──────────┬────────────┬──────┬──────┬──────────┐
-//  │version│ kind        │ sender  │ number │ head length │ n packets │ n parts │ m preds │ n × part │ m × pred   │ head │ text │ binaries │
-//  │ 1     │ u8          │ 8 ASCII │ u48    │ u32         │ u32       │ u32     │ u32     │ u32      │ u32, u32   │      │      │          │
-//  └───────┴─────────────┴─────────┴────────┴─────────────┴───────────┴─────────┴─────────┴──────────┴────────────┴──────┴──────┴──────────┘
+//  0       1       2         10       16      22      24        28        32
+//  ┌───────┬───────┬─────────┬────────┬───────┬───────┬─────────┬─────────┬───────────┬──────┬──────────┐
+//  │version│ kind  │ sender  │ number │ floor │ 0     │ n words │ packets │ n × word  │ text │ binaries │
+//  │ 2     │ u8    │ 8 ASCII │ u48    │ u48   │ u16   │ u32     │ u32     │ u32       │ UTF-8│          │
+//  └───────┴───────┴─────────┴────────┴───────┴───────┴─────────┴─────────┴───────────┴──────┴──────────┘
 //
-// A part is a string or a binary of its packet: its length (UTF-16 code units or bytes), with a bit for a binary and one
-// for a packet that has more parts. All strings stand in one piece of UTF-8, so they are decoded with one call. The
-// predecessors: frames that were not confirmed yet when this one was made, each by how many numbers back and the digest of its
-// exchange and key, the nearest first.
+// All numbers are little-endian. The words: the namespace's length, the number of sections, the number of predecessors; of each
+// section its kind and eight times its head's length, and how many parts it has; of each predecessor how many numbers back it
+// is, and the CRC-32 of its routing key; of each part its length, with a bit for a binary and one for a packet that has more
+// parts. Lengths are in UTF-16 code units, those of binaries in bytes. The text is the namespace, the heads and then all parts
+// that are strings, so it is decoded with one call. A control frame has no words; its text is JSON.
 
-enum Kind {
-  /** Encoded by the sender's parser. The head is the JSON of a PacketsHead. */
-  Packets = 1,
-  /** `Message`s between servers. The head is the namespace. */
-  Messages = 2,
-  /** A `Control` message between members. Not numbered. */
-  Control = 3,
-}
+const FrameKind = { Packets: 1, Control: 2 } as const;
 
-interface Frame {
-  readonly kind: Kind;
-  readonly sender: string;
-  readonly number: number;
-  readonly packets: number;
-  readonly head: string;
-  readonly body: Buffer;
-}
-
-/** The packets of a frame. */
-interface Content {
-  packets: number;
-  /** Of each part its length, and what it is. */
-  readonly table: number[];
-  text: string;
-  readonly binaries: Uint8Array[];
-}
+/** Who the packets of a section are for, and what its head says. */
+const SectionKind = {
+  /** Everyone in the namespace; no head. */
+  Everyone: 0,
+  /** One room, which the head names. */
+  Room: 1,
+  /** The head is the JSON of [rooms, except, flags]. */
+  Options: 2,
+  /** `Message`s between servers, each a packet; no head. */
+  Messages: 3,
+  /** The same, for one server. */
+  Direct: 4,
+} as const;
+type SectionKind = (typeof SectionKind)[keyof typeof SectionKind];
 
 type Part = string | Uint8Array;
 
-const VERSION = 1;
+const VERSION = 2;
 const HEADER = 32;
-/** How many predecessors a frame names at most, and how many digests of them. */
-const MAX_PREDECESSORS = 8;
-const MAX_DIGESTS = 64;
+/** A frame without sections. */
+const EMPTY_FRAME = HEADER + 12;
 const BINARY = 2 ** 31;
 const MORE_PARTS = 2 ** 30;
+const MAX_PART = MORE_PARTS - 1;
 
 /** A message that cannot be read: malformed, or not ours. */
 class FrameError extends Error {}
 class UnknownVersion extends FrameError {
-  constructor(
-    version: number,
-    readonly sender: string,
-  ) {
+  readonly sender: string;
+
+  constructor(version: number, sender: string) {
     super(`a frame of version ${version}; this adapter reads version ${VERSION}: update the older servers`);
+    this.sender = sender;
   }
 }
 
-/** `place` gives a buffer of exactly the size that is asked for. */
-function encodeFrame(
-  kind: Kind,
-  sender: string,
-  number: number,
-  head: string,
-  { packets, table, text, binaries }: Content,
-  predecessors: number[] = [],
-  place = (size: number): Buffer => Buffer.allocUnsafe(size),
-): Buffer {
-  const headLength = Buffer.byteLength(head);
-  const textLength = Buffer.byteLength(text);
-  const binaryLength = binaries.reduce((sum, binary) => sum + binary.length, 0);
-  const frame = place(HEADER + (table.length + predecessors.length) * 4 + headLength + textLength + binaryLength);
+interface Frame {
+  readonly kind: number;
+  readonly sender: string;
+  readonly number: number;
+  readonly floor: number;
+  readonly packets: number;
+  readonly body: Buffer;
+}
+
+function writeHeader(frame: Buffer, kind: number, sender: string, number: number, floor: number): void {
   frame[0] = VERSION;
   frame[1] = kind;
   frame.write(sender, 2, "latin1");
-  frame.writeUIntBE(number, 10, 6);
-  frame.writeUInt32BE(headLength, 16);
-  frame.writeUInt32BE(packets, 20);
-  frame.writeUInt32BE(table.length, 24);
-  frame.writeUInt32BE(predecessors.length / 2, 28);
-  let offset = HEADER;
-  for (const part of table) offset = frame.writeUInt32BE(part, offset);
-  for (const word of predecessors) offset = frame.writeUInt32BE(word, offset);
-  offset += frame.write(head, offset);
-  offset += frame.write(text, offset);
-  for (const binary of binaries) {
-    frame.set(binary, offset);
-    offset += binary.length;
-  }
-  return frame;
+  frame.writeUIntLE(number, 10, 6);
+  frame.writeUIntLE(floor, 16, 6);
+  frame.fill(0, 22, HEADER);
 }
 
-/** The header and head. The packets are read when somebody wants them. */
+/** Takes a frame's content away: nothing is left but its sender and number. */
+function emptyFrame(frame: Buffer): void {
+  frame.fill(0, HEADER, EMPTY_FRAME);
+  frame.writeUInt32LE(3, 24);
+  frame.writeUInt32LE(0, 28);
+}
+
+/** What a frame is made of, measured before there is a buffer for it. Packets for the same rooms make one section. */
+class FrameContent {
+  readonly size: number;
+  readonly #packets: number;
+  readonly #words: Uint32Array;
+  readonly #text: string;
+  readonly #binaries: Uint8Array[] = [];
+
+  constructor(packets: readonly Waiting[], predecessors: readonly number[]) {
+    const nsp = packets[0]?.to.nsp ?? "";
+    const sections: number[] = [];
+    const lengths: number[] = [];
+    let heads = nsp;
+    let text = "";
+    let binaryBytes = 0;
+    let section: Destination | undefined;
+    for (const { to, parts } of packets) {
+      if (!section || !isSame(to, section)) {
+        section = to;
+        heads += to.head;
+        sections.push(to.kind + to.head.length * 8, 0);
+      }
+      sections[sections.length - 1]! += parts.length;
+      for (let i = 1; i <= parts.length; i++) {
+        const part = parts[i - 1]!;
+        const more = i < parts.length ? MORE_PARTS : 0;
+        if (typeof part === "string") {
+          text += part;
+          lengths.push(part.length + more);
+        } else {
+          this.#binaries.push(part);
+          binaryBytes += part.length;
+          lengths.push(part.length + more + BINARY);
+        }
+      }
+    }
+    this.#packets = packets.length;
+    this.#text = heads + text;
+    this.#words = new Uint32Array(3 + sections.length + predecessors.length + lengths.length);
+    this.#words.set([nsp.length, sections.length / 2, predecessors.length / 2]);
+    this.#words.set(sections, 3);
+    this.#words.set(predecessors, 3 + sections.length);
+    this.#words.set(lengths, 3 + sections.length + predecessors.length);
+    this.size = HEADER + this.#words.byteLength + Buffer.byteLength(this.#text) + binaryBytes;
+  }
+
+  write(frame: Buffer, sender: string, number: number, floor: number): void {
+    writeHeader(frame, FrameKind.Packets, sender, number, floor);
+    frame.writeUInt32LE(this.#words.length, 24);
+    frame.writeUInt32LE(this.#packets, 28);
+    frame.set(new Uint8Array(this.#words.buffer), HEADER);
+    let offset = HEADER + this.#words.byteLength;
+    offset += frame.write(this.#text, offset);
+    for (const binary of this.#binaries) {
+      frame.set(binary, offset);
+      offset += binary.length;
+    }
+  }
+}
+
+/** The header. What is behind it is read when somebody wants it. */
 function readFrame(body: Buffer): Frame {
-  const version = body[0];
-  if (version === undefined || version === 0 || version >= 0x20 || body.length < HEADER)
+  const [version, kind] = body;
+  if (version === undefined || kind === undefined || version === 0 || version >= 0x20 || body.length < HEADER)
     throw new FrameError(`neither a frame nor of content type application/json (${body.length} bytes)`);
-  if (version !== VERSION) throw new UnknownVersion(version, body.toString("latin1", 2, 10));
-  const kind = body[1]!;
-  const headLength = body.readUInt32BE(16);
-  const parts = body.readUInt32BE(24);
-  const headStart = headStartOf(body);
-  const isPossible = kind >= Kind.Packets && kind <= Kind.Control && body.readUInt32BE(28) <= MAX_DIGESTS;
-  if (!isPossible || headStart + headLength > body.length)
-    throw new FrameError(`a malformed frame (kind ${kind}, ${parts} parts in ${body.length} bytes)`);
+  const sender = body.toString("latin1", 2, 10);
+  if (version !== VERSION) throw new UnknownVersion(version, sender);
+  if (kind !== FrameKind.Packets && kind !== FrameKind.Control) throw new FrameError(`a frame of kind ${kind}`);
   return {
     kind,
-    sender: body.toString("latin1", 2, 10),
-    number: body.readUIntBE(10, 6),
-    packets: body.readUInt32BE(20),
-    head: body.toString("utf8", headStart, headStart + headLength),
+    sender,
+    number: body.readUIntLE(10, 6),
+    floor: body.readUIntLE(16, 6),
+    packets: body.readUInt32LE(28),
     body,
   };
 }
 
-function headStartOf(body: Buffer): number {
-  return HEADER + (body.readUInt32BE(24) + body.readUInt32BE(28) * 2) * 4;
+/** The packets of a frame for the same rooms. */
+interface Section {
+  readonly kind: number;
+  readonly head: string;
+  /** Where its first part stands: among the words, in the text, and among the binaries. */
+  readonly word: number;
+  readonly parts: number;
+  readonly text: number;
+  readonly binary: number;
 }
 
-/** The packets of a frame, each with its parts. */
-function packetsOf({ body }: Frame): Part[][] {
-  const parts = body.readUInt32BE(24);
-  const textStart = headStartOf(body) + body.readUInt32BE(16);
-  let binary = body.length;
-  for (let i = 0; i < parts; i++) {
-    const part = body.readUInt32BE(HEADER + i * 4);
-    if (part >= BINARY) binary -= (part - BINARY) % MORE_PARTS;
+/** Reads what is behind a frame's header. */
+export class FrameReader {
+  readonly nsp: string;
+  readonly sections: Section[] = [];
+  readonly #body: Buffer;
+  readonly #words: Uint32Array;
+  readonly #text: string;
+
+  constructor({ body }: Frame) {
+    const words = wordsOf(body);
+    const [nspLength = 0, sections = 0, predecessors = 0] = words;
+    let word = 3 + 2 * (sections + predecessors);
+    if (word > words.length) throw new FrameError(`a frame with ${sections} sections in ${words.length} words`);
+    let binary = body.length;
+    for (let i = word; i < words.length; i++) if (words[i]! >= BINARY) binary -= words[i]! & MAX_PART;
+    const start = HEADER + words.byteLength;
+    if (binary < start) throw new FrameError("a frame with more binary than bytes");
+    this.#body = body;
+    this.#words = words;
+    this.#text = body.toString("utf8", start, binary);
+    this.nsp = this.#text.slice(0, nspLength);
+    let head = nspLength;
+    let text = nspLength;
+    for (let i = 0; i < sections; i++) text += words[3 + 2 * i]! >>> 3;
+    for (let i = 0; i < sections; i++) {
+      const [about = 0, parts = 0] = [words[3 + 2 * i], words[4 + 2 * i]];
+      const section = {
+        kind: about & 7,
+        head: this.#text.slice(head, head + (about >>> 3)),
+        word,
+        parts,
+        text,
+        binary,
+      };
+      this.sections.push(section);
+      head += about >>> 3;
+      const end = Math.min(words.length, word + parts);
+      for (; word < end; word++) {
+        const part = words[word]!;
+        if (part >= BINARY) binary += part & MAX_PART;
+        else text += part & MAX_PART;
+      }
+    }
+    if (text !== this.#text.length || binary !== body.length || word !== words.length)
+      throw new FrameError("a frame whose parts do not fill it");
   }
-  if (binary < textStart) throw new FrameError("a frame with more binary than bytes");
-  const text = body.toString("utf8", textStart, binary);
-  const packets: Part[][] = [];
-  let packet: Part[] = [];
-  let position = 0;
-  for (let i = 0; i < parts; i++) {
-    const part = body.readUInt32BE(HEADER + i * 4);
-    const length = part % MORE_PARTS;
-    if (part >= BINARY) packet.push(body.subarray(binary, (binary += length)));
-    else packet.push(text.substring(position, (position += length)));
-    if (((part >>> 30) & 1) === 0) {
+
+  packets({ word, parts, text, binary }: Section): Part[][] {
+    const packets: Part[][] = [];
+    let packet: Part[] = [];
+    for (let i = word; i < word + parts; i++) {
+      const part = this.#words[i]!;
+      const length = part & MAX_PART;
+      if (part >= BINARY) packet.push(this.#body.subarray(binary, (binary += length)));
+      else packet.push(this.#text.substring(text, (text += length)));
+      if ((part & MORE_PARTS) !== 0) continue;
       packets.push(packet);
       packet = [];
     }
+    return packets;
   }
-  if (position !== text.length) throw new FrameError("a frame whose strings do not fill its text");
-  return packets;
 }
 
-/** Namespace, rooms, except and flags of a frame's packets. */
+function wordsOf(body: Buffer): Uint32Array {
+  const count = body.readUInt32LE(24);
+  if (count < 3 || HEADER + count * 4 > body.length)
+    throw new FrameError(`a frame of ${count} words in ${body.length} bytes`);
+  const start = body.byteOffset + HEADER;
+  if (start % 4 === 0) return new Uint32Array(body.buffer, start, count);
+  return new Uint32Array(Uint8Array.prototype.slice.call(body, HEADER, HEADER + count * 4).buffer);
+}
+
+/** The numbers of a frame's predecessors whose routing key passes a test. */
+function predecessorsOf({ number, body }: Frame, isBound: (digest: number) => boolean): number[] {
+  const words = wordsOf(body);
+  const [, sections = 0, count = 0] = words;
+  const numbers: number[] = [];
+  const end = Math.min(words.length, 3 + 2 * (sections + count));
+  for (let i = 3 + 2 * sections; i + 1 < end; i += 2) if (isBound(words[i + 1]!)) numbers.push(number - words[i]!);
+  return numbers;
+}
+
+function controlFrame(sender: string, control: Control): Buffer {
+  const json = JSON.stringify(control);
+  const frame = Buffer.allocUnsafe(HEADER + Buffer.byteLength(json));
+  writeHeader(frame, FrameKind.Control, sender, 0, 0);
+  frame.write(json, HEADER);
+  return frame;
+}
+
 interface PacketsHead {
-  readonly nsp: string;
-  readonly opts: BroadcastOptions;
+  readonly rooms: Set<Room>;
+  readonly except: Set<Room>;
+  readonly flags: BroadcastFlags;
 }
 
 /** Heads come again and again: parsed once. */
 const heads = new Map<string, PacketsHead>();
+const MAX_HEADS = 4_096;
 
 function packetsHead(text: string): PacketsHead {
   let head = heads.get(text);
   if (!head) {
-    const value = parseJson(text, NAMED_ARRAY);
-    if (!Array.isArray(value)) throw new FrameError("a frame whose head is no array");
-    const [nsp, rooms, except, flags] = value as unknown[];
-    if (typeof nsp !== "string" || !isRooms(rooms) || !isRooms(except) || !isRecord(flags))
-      throw new FrameError("a frame whose head is not [namespace, rooms, except, flags]");
-    head = { nsp, opts: { rooms: new Set(rooms), except: new Set(except), flags } };
-    if (heads.size >= MAX_ROUTES) heads.clear();
-    if (text.length < 1024) heads.set(text, head);
+    const value = parseJson(text, ARRAY);
+    const [rooms, except, flags] = Array.isArray(value) ? (value as unknown[]) : [];
+    if (!isRooms(rooms) || !isRooms(except) || !isRecord(flags))
+      throw new FrameError("a section whose head is not [rooms, except, flags]");
+    head = { rooms: new Set(rooms), except: new Set(except), flags };
+    if (heads.size >= MAX_HEADS) heads.clear();
+    if (text.length < 1_024) heads.set(text, head);
   }
   return head;
 }
@@ -3043,85 +3597,97 @@ function packetsHead(text: string): PacketsHead {
 interface WireOptions {
   rooms: Room[];
   except: Room[];
-  flags: BroadcastFlags;
+  flags: SentFlags;
 }
+/** What of the flags matters elsewhere. */
+type SentFlags = Pick<BroadcastFlags, "volatile" | "compress">;
+
+const sentFlags = ({ volatile, compress }: BroadcastFlags = {}): SentFlags => ({
+  ...(volatile !== undefined && { volatile }),
+  ...(compress !== undefined && { compress }),
+});
 
 /** What servers and emitters tell each other about a namespace. */
 type Message =
   | { type: "packet"; opts: WireOptions; data: unknown[] }
   | { type: "join" | "leave"; opts: WireOptions; rooms: Room[] }
   | { type: "disconnect"; opts: WireOptions; close: boolean }
-  | { type: "emit"; id: number | undefined; args: unknown[] }
-  | { type: "fetch"; id: number; opts: WireOptions }
-  | { type: "broadcast"; id: number; opts: WireOptions; data: unknown[] }
+  | { type: "emit"; id?: string | undefined; args: unknown[] }
+  | { type: "fetch"; id: string; opts: WireOptions }
+  /** The event is encoded by the sender's parser. */
+  | { type: "broadcast"; id: string; opts: WireOptions; timeout: number; packet: Part[] }
   | Answer;
 type Answer =
-  | { type: "sockets"; id: number; sockets: unknown[]; more: boolean }
-  | { type: "answer" | "ack"; id: number; value?: unknown }
-  | { type: "clients"; id: number; count: number };
+  | { type: "sockets"; id: string; sockets: unknown[]; more: boolean }
+  | { type: "answer"; id: string; value?: unknown }
+  /** A client's answer, encoded by the server's parser; or why there is none. */
+  | { type: "ack"; id: string; packet?: Part[] }
+  | { type: "clients"; id: string; count: number };
 
-/** What members tell each other about themselves. */
+/** What servers and emitters tell each other about themselves. */
 type Control =
-  /** What is open, and the last number sent; `reply` asks for the same. */
-  | { type: "hello"; namespaces: string[]; revision: number; reply: boolean; position: number | undefined }
-  /** Alive; everything up to `position` has been sent. */
-  | { type: "beat"; revision: number; position: number }
-  /** Closing. */
-  | { type: "bye" }
+  /** What is open, and what was published; `reply` asks for the same. */
+  | {
+      type: "hello";
+      namespaces: string[];
+      revision: number;
+      number: number;
+      floor: number;
+      shared: Shared;
+      reply: boolean;
+    }
+  /** Alive: the last number that was published, the one up to which all is confirmed, and how many rooms are bound. */
+  | { type: "beat"; revision: number; number: number; floor: number; rooms: number }
+  /** Closing, after that number. */
+  | { type: "bye"; number: number }
   /** Comes back if there is no queue. */
   | { type: "ping" }
   /** A peer's queue is gone; whoever knows it may look for itself. */
   | { type: "missing"; uid: string }
-  /** Asks for the frames after the last one that was `taken`, or after `sure`, if all up to there has come. */
-  | { type: "ask"; id: number; sure?: number | undefined; taken: Taken[] }
-  /** The answer: all from number `from` up to `to`, `lost` before them are gone; then each frame again; then the end. */
-  | { type: "begin"; id: number; from: number; lost: number; to: number }
-  | { type: "again"; id: number; index: number }
-  | { type: "end"; id: number; count: number };
+  /** Asks for the frames after a number, or for all where none is known. */
+  | { type: "ask"; id: number; after?: number | undefined }
+  /** The answer: the frames from one number to another follow, each as it was published. */
+  | { type: "begin"; id: number; from: number; to: number };
 
 type Check = (value: Record<string, unknown>) => boolean;
 type Checks<T extends { type: string }> = Record<T["type"], Check>;
 
+const isId = (value: unknown): boolean => typeof value === "string";
+const isParts = (value: unknown): boolean =>
+  Array.isArray(value) && value.every((part) => typeof part === "string" || part instanceof Uint8Array);
 const isNumber = (value: unknown): boolean => Number.isSafeInteger(value) && Number(value) >= 0;
 const isRoom = (value: unknown): boolean => typeof value === "string" || typeof value === "number";
 /** Users emit to `undefined` as well, which JSON makes null, and mean a room that nobody is in. */
 const isRooms = (value: unknown): value is Room[] =>
   Array.isArray(value) && value.every((room) => isRoom(room) || room === null);
 const isOptions = (value: unknown): boolean =>
-  isRecord(value) && isRooms(value.rooms) && isRooms(value.except) && isRecord(value.flags);
+  isRecord(value) && isRooms(value["rooms"]) && isRooms(value["except"]) && isRecord(value["flags"]);
 
 const MESSAGES: Checks<Message> = {
   packet: ({ opts, data }) => isOptions(opts) && Array.isArray(data),
   join: ({ opts, rooms }) => isOptions(opts) && isRooms(rooms) && rooms.every(isRoom),
   leave: ({ opts, rooms }) => isOptions(opts) && isRooms(rooms) && rooms.every(isRoom),
   disconnect: ({ opts }) => isOptions(opts),
-  emit: ({ id, args }) => (id === undefined || isNumber(id)) && Array.isArray(args),
-  fetch: ({ id, opts }) => isNumber(id) && isOptions(opts),
-  broadcast: ({ id, opts, data }) => isNumber(id) && isOptions(opts) && Array.isArray(data),
-  sockets: ({ id, sockets }) => isNumber(id) && Array.isArray(sockets),
-  answer: ({ id }) => isNumber(id),
-  ack: ({ id }) => isNumber(id),
-  clients: ({ id, count }) => isNumber(id) && isNumber(count),
+  emit: ({ id, args }) => (id === undefined || isId(id)) && Array.isArray(args),
+  fetch: ({ id, opts }) => isId(id) && isOptions(opts),
+  broadcast: ({ id, opts, timeout, packet }) => isId(id) && isOptions(opts) && isNumber(timeout) && isParts(packet),
+  sockets: ({ id, sockets }) => isId(id) && Array.isArray(sockets),
+  answer: ({ id }) => isId(id),
+  ack: ({ id, packet }) => isId(id) && (packet === undefined || isParts(packet)),
+  clients: ({ id, count }) => isId(id) && isNumber(count),
 };
 const CONTROLS: Checks<Control> = {
-  hello: ({ namespaces, revision, position }) =>
+  hello: ({ namespaces, revision, number, floor, shared }) =>
     Array.isArray(namespaces) &&
     namespaces.every((nsp) => typeof nsp === "string") &&
-    isNumber(revision) &&
-    (position === undefined || isNumber(position)),
-  beat: ({ revision, position }) => isNumber(revision) && isNumber(position),
-  bye: () => true,
+    [revision, number, floor].every(isNumber) &&
+    isRecord(shared),
+  beat: ({ revision, number, floor, rooms }) => [revision, number, floor, rooms].every(isNumber),
+  bye: ({ number }) => isNumber(number),
   ping: () => true,
   missing: ({ uid }) => typeof uid === "string",
-  ask: ({ id, sure, taken }) =>
-    isNumber(id) &&
-    (sure === undefined || isNumber(sure)) &&
-    Array.isArray(taken) &&
-    taken.length <= EVIDENCE && // for each a page may have to be unpacked
-    taken.every((frame) => Array.isArray(frame) && frame.length === 2 && frame.every(isNumber)),
-  begin: ({ id, from, lost, to }) => isNumber(id) && isNumber(from) && isNumber(lost) && isNumber(to),
-  again: ({ id, index }) => isNumber(id) && isNumber(index),
-  end: ({ id, count }) => isNumber(id) && isNumber(count),
+  ask: ({ id, after }) => isNumber(id) && (after === undefined || isNumber(after)),
+  begin: ({ id, from, to }) => [id, from, to].every(isNumber),
 };
 
 function isOneOf<T extends { type: string }>(checks: Checks<T>, value: unknown): value is T {
@@ -3135,7 +3701,8 @@ function asMessage(value: unknown): Message {
   throw new FrameError(`a message that is none of ${Object.keys(MESSAGES).join(", ")}`);
 }
 
-function asControl(value: unknown): Control {
+function readControl({ body }: Frame): Control {
+  const value = parseJson(body.toString("utf8", HEADER), OBJECT);
   if (isOneOf<Control>(CONTROLS, value)) return value;
   throw new FrameError(`a control message that is none of ${Object.keys(CONTROLS).join(", ")}`);
 }
@@ -3151,9 +3718,6 @@ function encodeValue(value: unknown): Part[] {
   return [json, ...binaries];
 }
 
-/** Bytes and UTF-16 code units. */
-const encodedLength = (value: unknown): number => encodeValue(value).reduce((sum, part) => sum + partLength(part), 0);
-
 function decodeValue([json, ...binaries]: Part[]): unknown {
   return parseJson(
     json,
@@ -3161,8 +3725,8 @@ function decodeValue([json, ...binaries]: Part[]): unknown {
     binaries.length === 0
       ? undefined
       : (value) => {
-          if (!isRecord(value) || value._placeholder !== true || typeof value.num !== "number") return value;
-          return binaries[value.num] ?? value;
+          if (!isRecord(value) || value["_placeholder"] !== true || typeof value["num"] !== "number") return value;
+          return binaries[value["num"]] ?? value;
         },
   );
 }
@@ -3170,6 +3734,7 @@ function decodeValue([json, ...binaries]: Part[]): unknown {
 /** How JSON begins, and what is meant. */
 type Opening = readonly [RegExp, string];
 const OBJECT: Opening = [/^\s*\{/, "an object"];
+const ARRAY: Opening = [/^\s*\[/, "an array"];
 const NAMED_ARRAY: Opening = [/^\s*\[\s*"/, "an array that begins with a string"];
 
 /** Looks at the beginning first, for it takes milliseconds to parse a few thousand nested brackets. */
@@ -3190,17 +3755,18 @@ function asBinary(value: unknown): Uint8Array | undefined {
   return undefined;
 }
 
-/** In UTF-16 code units or bytes. */
-function partLength(part: unknown): number {
-  const length = typeof part === "string" ? part.length : asBinary(part)?.length;
-  if (length !== undefined) return length;
+/** A part that the parser has encoded; a binary as a copy, for the user may reuse it. */
+function partOf(part: unknown): Part {
+  if (typeof part === "string") return part;
+  const binary = asBinary(part);
+  if (binary) return Buffer.from(binary);
   throw new TypeError(
     `Cannot send ${Bun.inspect(part)} to other servers; expected a string, a buffer or a typed array`,
   );
 }
 
-function toWire({ rooms, except = new Set(), flags: { volatile, compress } = {} }: BroadcastOptions): WireOptions {
-  return { rooms: [...rooms], except: [...except], flags: { volatile, compress } };
+function toWire({ rooms, except, flags }: BroadcastOptions): WireOptions {
+  return { rooms: [...rooms], except: [...(except ?? [])], flags: sentFlags(flags) };
 }
 
 function fromWire({ rooms, except, flags }: WireOptions): BroadcastOptions {
@@ -3253,7 +3819,10 @@ class Names {
   /** Behind it: queues are bound to it by routing key. */
   readonly keys: string;
 
-  constructor(readonly prefix: string) {
+  readonly prefix: string;
+
+  constructor(prefix: string) {
+    this.prefix = prefix;
     this.main = prefix;
     this.keys = `${prefix}#keys`;
   }
