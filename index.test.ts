@@ -26,13 +26,15 @@ import {
 const RUN = `test-${process.pid}`;
 // Not in beforeAll(): a test that times out would take a process that was started there down with it.
 const broker = await startBroker();
-/** Whether the broker bears them: see `roomExchanges`. */
-const haveRoomExchanges = await (async () => {
+/** See `roomExchanges`: where rooms have exchanges by default, and where they are refused. */
+const version = await (async () => {
   const connection = await connect(broker.url);
   const { version } = connection.connection.serverProperties;
   await connection.close();
-  return Bun.semver.order(version, "4.2.0") < 0;
+  return version;
 })();
+const haveRoomExchanges = Bun.semver.order(version, "4.0.0") < 0;
+const refuseRoomExchanges = Bun.semver.order(version, "4.2.0") >= 0;
 let prefix: string;
 let tests = 0;
 const closers: (() => unknown)[] = [];
@@ -967,7 +969,7 @@ describe("on the broker", () => {
     await eventually(() => expect(b.adapter.stats.rooms).toBe(2));
   });
 
-  test.if(!haveRoomExchanges)("roomExchanges: true is refused, and said why", async () => {
+  test.if(refuseRoomExchanges)("roomExchanges: true is refused, and said why", async () => {
     const node = await start({ roomExchanges: true });
     const [error] = await once(node.adapter, "error");
     expect(String(error)).toMatch(/roomExchanges: true was refused: the broker's version is 4\./);
@@ -1928,6 +1930,91 @@ describe("an outage", () => {
     await reported;
     expect(await heardFrom(nodes[0].io, people)).toEqual(only("", people, []));
     for (const node of nodes) expect(errorsOf(node).filter((error) => error.includes("version 3"))).toHaveLength(2);
+  });
+});
+
+describe("an adapter", () => {
+  test("that takes the place of one from another copy of the module closes it", async () => {
+    const [a, b] = await cluster();
+    const copy = `${import.meta.dir}/.copy-${process.pid}.ts`;
+    await Bun.write(copy, Bun.file(`${import.meta.dir}/index.ts`));
+    closers.push(() => Bun.file(copy).delete());
+    const again: typeof import("./index") = await import(copy);
+    a.io.adapter(again.createAdapter({ amqpConnection, prefix }));
+    const { adapter } = a.io.of("/");
+    if (!(adapter instanceof again.AmqpAdapter)) throw new Error("not replaced");
+    await adapter.ready;
+    await eventually(async () => expect(await b.adapter.serverCount()).toBe(3));
+    await eventually(async () => expect(await queues()).toHaveLength(3));
+  });
+
+  test("is ready when init() resolves, also the second time, and has a name in the cluster", async () => {
+    const node = await start();
+    await node.adapter.init();
+    expect(node.adapter.stats.connected).toBe(true);
+    await node.adapter.init();
+    expect((await queues()).map(({ name }) => name)).toEqual([expect.stringContaining(node.adapter.uid)]);
+  });
+
+  test("says which connection comes and goes", async () => {
+    const node = await start();
+    const said: string[] = [];
+    for (const event of ["connect", "disconnect"])
+      node.adapter.on(event, (connection: string) => said.push(`${event} ${connection}`));
+    await node.adapter.ready;
+    const link = once(node.adapter, "disconnect");
+    await broker.ctl("close_all_connections", "--global", "maintenance");
+    await link;
+    await eventually(() => expect(said.filter((line) => line === "connect consuming")).toHaveLength(2), 5_000);
+    expect(new Set(said)).toEqual(
+      new Set(["connect consuming", "connect publishing", "disconnect consuming", "disconnect publishing"]),
+    );
+    errorsOf(node);
+  }, 20_000);
+
+  test("whose namespace a client opens lets it hear what others emit from then on", async () => {
+    const [a, b] = await cluster(undefined, { cleanupEmptyChildNamespaces: true });
+    for (const { io } of [a, b]) io.of(/^\/dynamic-\d+$/);
+    for (let i = 0; i < 20; i++) {
+      const { client } = await join(b, [], `/dynamic-${i}`);
+      const hello = received(client, "hello");
+      a.io.of(`/dynamic-${i}`).emit("hello"); // which a has not open either
+      await hello;
+      client.disconnect();
+    }
+  });
+
+  test("reports settings that differ from a peer's, once, with both values", async () => {
+    const [a, b] = await Promise.all([start(), start({ journal: { ms: 30_000 } })]);
+    await acquainted([a, b]);
+    for (const [node, here, there] of [
+      [a, 60_000, 30_000],
+      [b, 30_000, 60_000],
+    ] as const)
+      await eventually(() => {
+        const said = errors.get(node.adapter)?.map(String) ?? [];
+        expect(said).toEqual([expect.stringContaining(`journal.ms is ${here} here and ${there} on peer`)]);
+      });
+    [a, b].forEach(errorsOf);
+  });
+
+  test("whose errors nobody listens to warns the process, once per kind", async () => {
+    const program = child(`
+      process.on("warning", ({ name, message }) => console.log(name, message));
+      const { createServer } = await import("node:net");
+      const io = new Server(0, { serveClient: false, adapter: createAdapter({ prefix, amqpConnection: () => connect("amqp://127.0.0.1:1") }) });
+      setTimeout(() => io.close(), 1_500);`);
+    const lines = (await program.stdout.text()).split("\n").filter((line) => line.startsWith("SocketIoAmqp"));
+    expect(lines.map((line) => /consuming|publishing/.exec(line)?.[0]).toSorted()).toEqual(["consuming", "publishing"]);
+  });
+
+  test("forgets the answers that did not come to an acknowledged broadcast of another server", async () => {
+    const [a, b] = await cluster();
+    const { socket } = await join(b);
+    await expect(a.io.timeout(100).emitWithAck("nobody answers")).rejects.toThrow();
+    const { acks } = socket as unknown as { acks: Map<number, unknown> };
+    expect(acks.size).toBe(1);
+    await eventually(() => expect(acks.size).toBe(0), 3_000);
   });
 });
 

@@ -73,7 +73,7 @@ interface NodeOptions {
 export interface AdapterOptions extends NodeOptions {
   /**
    * Whether a room gets an exchange of its own, `<prefix>#<namespace>#<room>`, to which other AMQP clients can publish and
-   * bind. `undefined` means: before RabbitMQ 4.2, on a server with up to 100 rooms. From 4.2 on no room has one, and `true` is
+   * bind. `undefined` means: before RabbitMQ 4.0, on a server with up to 100 rooms. From 4.2 on no room has one, and `true` is
    * refused with an error: an exchange that comes and goes with its bindings destroys RabbitMQ's metadata store there.
    * `false` means that no room has one. Servers of all kinds work together.
    * @default undefined
@@ -251,6 +251,14 @@ function withoutUndefined<T extends object>(options: T): T {
   return given;
 }
 
+/** The name that has the most pairs of letters in common with this one. */
+function nearest(name: string, names: string[]): string {
+  const pairs = (word: string) =>
+    new Set([...word.toLowerCase()].map((letter, i, letters) => letter + (letters[i + 1] ?? "")));
+  const likeness = (other: string) => pairs(name).intersection(pairs(other)).size / Math.max(name.length, other.length);
+  return names.reduce((best, other) => (likeness(other) > likeness(best) ? other : best));
+}
+
 /** The options with their defaults. Throws a TypeError for the first one that is wrong. */
 function checked<T extends NodeOptions>(options: T, expectations: Record<string, Expectation>): Settings & T {
   const refusal = (name: string, expected: string, value: unknown) =>
@@ -259,7 +267,12 @@ function checked<T extends NodeOptions>(options: T, expectations: Record<string,
   const given = withoutUndefined(options);
   for (const [name, value] of [["amqpConnection", given.amqpConnection] as const, ...Object.entries(given)]) {
     const expectation = expectations[name];
-    if (!expectation) throw refusal("the options", `of ${Object.keys(expectations).join(", ")}`, name);
+    if (!expectation) {
+      const names = Object.keys(expectations);
+      throw new TypeError(
+        `Unknown option ${name}: did you mean ${nearest(name, names)}? There are ${names.join(", ")}`,
+      );
+    }
     if (!expectation[1](value)) throw refusal(name, expectation[0], value);
   }
   const journal = { ...ADAPTER_DEFAULTS.journal, ...withoutUndefined(given.journal ?? {}) };
@@ -311,6 +324,13 @@ export interface Packet {
   id?: number;
 }
 
+/** `bun --hot` evaluates this module again, with a class of its own. */
+const OURS: unique symbol = Symbol.for("socket.io-amqp0.adapter") as never;
+const isOurs = (adapter: unknown): adapter is { close(): unknown } =>
+  typeof adapter === "object" && adapter !== null && OURS in adapter;
+/** For how many ms a client's connection waits for its namespace to be bound. */
+const HOLD_CLIENTS = 1_000;
+
 /** The Socket.IO protocol's type of an event, https://socket.io/docs/v4/socket-io-protocol/#packet-types */
 const EVENT = 2;
 const ACK = 3;
@@ -336,6 +356,8 @@ const apply: (this: Adapter, opts: BroadcastOptions, callback: (socket: Socket) 
  * connection, a refused permission, a message that could not be sent or read.
  */
 export class AmqpAdapter extends Adapter implements Tenant {
+  /** @internal Marks an adapter of any copy of this module. */
+  readonly [OURS]: true = true;
   /** @internal The routing key of what is for everyone in this namespace. */
   readonly key: string;
   declare readonly nsp: Namespace;
@@ -349,8 +371,9 @@ export class AmqpAdapter extends Adapter implements Tenant {
   /** Whether a room has a routing key of its own. */
   readonly #travels: (room: Room) => boolean;
   #closing: Promise<void> | undefined;
+  #started = false;
   /** The adapter that this one takes the place of: Socket.IO does not close it. */
-  #replaced: AmqpAdapter | undefined;
+  #replaced: { close(): unknown } | undefined;
 
   /** Made by what `createAdapter()` returns. */
   constructor(nsp: Namespace, node: Node) {
@@ -363,17 +386,43 @@ export class AmqpAdapter extends Adapter implements Tenant {
     this.#routes = node.routes(nsp.name);
     this.ready = this.opened.promise;
     this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
-    this.#replaced = nsp.adapter instanceof AmqpAdapter ? nsp.adapter : undefined;
+    this.#replaced = isOurs(nsp.adapter) ? nsp.adapter : undefined;
   }
 
   get stats(): AdapterStats {
     return { ...this.#node.stats, rooms: this.#node.receiver.countBound(this.keys()) };
   }
 
-  override init(): void {
+  /** This server's name in the cluster. */
+  get uid(): string {
+    return this.#node.uid;
+  }
+
+  /** Resolves once the adapter is ready. Socket.IO calls it; calling it again does no harm. */
+  override init(): Promise<void> {
+    if (this.#started) return this.ready;
+    this.#started = true;
     this.#node.join(this);
     void this.#replaced?.close();
     this.#replaced = undefined;
+    this.#holdClients();
+    return this.ready;
+  }
+
+  /**
+   * A client that is connected hears what other servers emit from then on: until the namespace is bound, its connection is
+   * held back, for a second at most, and not at all while the broker is away. There is no hook for it: a middleware would be
+   * lost where a namespace is made from a pattern, so this one place wraps a method of Socket.IO's namespace.
+   */
+  #holdClients(): void {
+    const nsp = this.nsp as Namespace & { run?: (socket: unknown, next: unknown) => void };
+    const { run } = nsp;
+    if (!run) return;
+    nsp.run = (socket, next) => {
+      const live = nsp.adapter === this ? this.#node.receiver.follow(this.key) : undefined;
+      if (!live) return run.call(nsp, socket, next);
+      void within(HOLD_CLIENTS, live).then(() => run.call(nsp, socket, next));
+    };
   }
 
   override close(): Promise<void> {
@@ -699,6 +748,11 @@ export class AmqpAdapter extends Adapter implements Tenant {
   }
 
   /** @internal */
+  onConnection(event: "connect" | "disconnect", connection: string): void {
+    queueMicrotask(() => this.emit(event, connection));
+  }
+
+  /** @internal */
   report(error: Error): boolean {
     if (this.listenerCount("error") === 0) return false;
     queueMicrotask(() => this.emit("error", error)); // a listener that throws breaks nothing that is being done
@@ -858,6 +912,8 @@ interface Tenant extends RoomOwner {
   onMessage(message: Message, from: string): void;
   /** Emits an `error`; false where nobody listens. */
   report(error: Error): boolean;
+  /** Emits `connect` or `disconnect` with the connection's name. */
+  onConnection(event: "connect" | "disconnect", connection: string): void;
   /** Settings that must be the same on all servers. */
   readonly shared: Shared;
 }
@@ -875,6 +931,8 @@ interface Peer {
   greetedAt?: number;
   /** What it has open; undefined until it has said so, and once its queue is gone. */
   namespaces?: Set<string> | undefined;
+  /** Since when its queue is gone (ms, monotonic); undefined while it is there, as far as is known. */
+  goneAt?: number | undefined;
   /** How often that had changed, by its last hello. */
   revision: number;
   /** How many rooms it has bound, by its last heartbeat. */
@@ -903,7 +961,7 @@ interface MembershipLinks {
 const ANNOUNCE_INTERVAL = 20;
 /** After how many ms without a word of an answer a peer is asked again for what was missed. */
 const ASK_AGAIN = 500;
-/** For how many ms after this server is back a peer's queue may not be back yet. */
+/** For how many ms after an outage, this server's or a peer's, the peer's queue may not be back yet. */
 const GRACE = 2_000;
 
 /** Who else is there, with which namespaces; what each peer has sent. */
@@ -962,6 +1020,7 @@ class Membership {
     peer.greetedAt = this.#heardAt;
     peer.stream.hears(hello.number, hello.floor);
     peer.askAt = 0; // its queue is back
+    peer.goneAt = undefined;
     if (hello.reply) void this.#links.tell(serverKey(peer.uid), this.#hello(false));
     this.#compare(peer, hello.shared);
     this.ask();
@@ -991,7 +1050,9 @@ class Membership {
       this.#gone(peer);
       void this.#links.tell(ALL_SERVERS, { type: "missing", uid }); // whoever knows it may look for itself
     }
-    this.#giveUp(peer, "has no queue any more");
+    // It may have lost its connection for a moment; killed, it will not come back.
+    peer.goneAt ??= performance.now();
+    if (performance.now() - peer.goneAt >= GRACE) this.#giveUp(peer, "has no queue any more");
   }
 
   /** Tells everyone who is here with what; resolves with whether that is done. One telling at a time: what changes meanwhile goes with the next. */
@@ -1011,8 +1072,9 @@ class Membership {
       const silence = this.#heardAt - Math.max(peer.heardAt, since ?? now);
       if (silence <= this.#timeoutMs) continue;
       if (peer.namespaces) this.#gone(peer);
+      if (silence <= this.#rememberMs) continue; // it may come back, and publish again what has been seen
       this.#giveUp(peer, "is silent");
-      if (silence > this.#rememberMs) this.peers.delete(peer.uid); // it may have come back until now, and published again
+      this.peers.delete(peer.uid);
     }
     const { number, floor } = this.#links.introduction();
     const beat = { type: "beat" as const, revision: this.#revision, number, floor, rooms: this.#links.rooms() };
@@ -1276,6 +1338,7 @@ interface SenderLinks {
   unreachable(uid: string): void;
   /** The broker takes messages, at the start and after each outage. */
   ready(): void;
+  changed(event: "connect" | "disconnect"): void;
   report(error: Error): void;
 }
 
@@ -1314,7 +1377,7 @@ class Sender {
         }, ms);
       },
     });
-    this.connection = new Connection("publishing", settings, links.report, {
+    this.connection = new Connection("publishing", settings, links.report, links.changed, {
       up: (model, lose) => this.#up(model, lose),
       down: (error: BrokerError) => {
         // A message that is larger than the broker or the connection allows would close the next channel as well.
@@ -1330,9 +1393,12 @@ class Sender {
 
   /** A packet for a destination. Volatile ones are dropped while the broker is away. */
   add(to: Destination, parts: readonly unknown[]): void {
-    const packet = parts.map(partOf);
     let bytes = 0;
-    for (const part of packet) bytes += part.length;
+    const packet = parts.map((part) => {
+      const sent = partOf(part);
+      bytes += sent.length;
+      return sent;
+    });
     const { maxPayload } = this.#settings;
     if ((to.head.length + bytes) * 3 + OVERHEAD > maxPayload) {
       const size = packet.reduce((sum, part) => sum + Buffer.byteLength(part), OVERHEAD + Buffer.byteLength(to.head));
@@ -1434,6 +1500,7 @@ interface ReceiverLinks {
   isBack(): void;
   /** The queue gets everything. */
   live(): void;
+  changed(event: "connect" | "disconnect"): void;
   report(error: Error): void;
 }
 
@@ -1465,7 +1532,7 @@ class Receiver {
     this.#names = names;
     this.#tenants = tenants;
     this.#links = links;
-    this.connection = new Connection("consuming", settings, links.report, {
+    this.connection = new Connection("consuming", settings, links.report, links.changed, {
       up: (model, lose) => this.#up(model, lose),
       down: () => {
         this.#topology?.end();
@@ -1528,8 +1595,9 @@ class Receiver {
   async #up(model: AmqpConnection, lose: Lose): Promise<void> {
     this.#opening ??= Promise.withResolvers<void>();
     const { queueArguments, roomExchanges } = this.#settings;
-    const before = this.#names.queue(this.#uid, this.#generation);
-    if (this.#generation > 0) this.#links.isBack();
+    const isFirst = this.#generation === 0;
+    const before = isFirst ? undefined : this.#names.queue(this.#uid, this.#generation);
+    if (!isFirst) this.#links.isBack();
     // A new name each time: after a half-open link the broker may still hold the old queue.
     const queue = this.#names.queue(this.#uid, ++this.#generation);
     const bindings = new Bindings(this.#tenants, mayHaveRoomExchanges(model, roomExchanges));
@@ -1614,6 +1682,7 @@ class Node {
       // Not in amqplib's turn: it would answer a user's callback that throws by closing the channel.
       unreachable: (peer) => queueMicrotask(() => this.membership.onUnreachable(peer)),
       ready: () => this.#ready(),
+      changed: (event) => this.#changed(event, "publishing"),
       report: this.report,
     });
     this.receiver = new Receiver(uid, settings, names, this.#tenants, {
@@ -1623,6 +1692,7 @@ class Node {
         this.#awayAt = performance.now();
       },
       live: () => this.#ready(),
+      changed: (event) => this.#changed(event, "consuming"),
       report: this.report,
     });
     const tell = (key: string, control: Control) => this.sender.control(key, control);
@@ -1732,6 +1802,10 @@ class Node {
     const { number, floor } = this.sender.publisher;
     const [tenant] = this.#tenants.values();
     return { namespaces: this.#live().map(({ nsp }) => nsp.name), number, floor, shared: tenant?.shared ?? {} };
+  }
+
+  #changed(event: "connect" | "disconnect", connection: string): void {
+    for (const tenant of this.#tenants.values()) tenant.onConnection(event, connection);
   }
 
   /** A connection is up, at the start or after a loss, or no longer blocked. */
@@ -2128,7 +2202,7 @@ class Batcher {
 
   /** Whether a frame made now would be smaller than one made later. */
   get mayGrow(): boolean {
-    if (this.bytes >= this.#frameSize) return false;
+    if (this.bytes - this.size * WAITING_OVERHEAD >= this.#frameSize) return false;
     const [first, last] = [this.#packets[this.#start], this.#packets.at(-1)];
     if (!first || !last || isSame(first.to, last.to)) return true;
     return this.#maxKeys(first.to) > 1 && mayShare(first.to, last.to);
@@ -2150,11 +2224,12 @@ class Batcher {
         for (const key of to.keys) keys.add(key);
       }
       previous = to;
-      if (bytes > 0 && bytes + next.bytes > this.#frameSize) break;
-      bytes += next.bytes;
+      const content = next.bytes - WAITING_OVERHEAD;
+      if (end > this.#start && bytes + content > this.#frameSize) break;
+      bytes += content;
     }
     const packets = this.#packets.slice(this.#start, end);
-    this.#advance(end, bytes);
+    this.#advance(end, bytes + packets.length * WAITING_OVERHEAD);
     return { packets, keys: this.#route(packets, keys) };
   }
 
@@ -2395,6 +2470,8 @@ export class Publisher {
   #flights: Flight[] = [];
   #bytesInFlight = 0;
   #publishedAt = -Infinity;
+  /** When the packets of this turn of the event loop are emitted (ms, monotonic). */
+  #turnAt: number | undefined;
   readonly #waiters: (() => void)[] = [];
 
   readonly uid: string;
@@ -2471,11 +2548,12 @@ export class Publisher {
 
   add(to: Destination, parts: readonly Part[], bytes: number): void {
     if (to.volatile && !this.ready) return;
-    const dropped = this.batcher.add(to, parts, bytes, this.now());
+    const dropped = this.batcher.add(to, parts, bytes, (this.#turnAt ??= this.now()));
     if (dropped > 0) this.events.dropped(dropped);
   }
 
   readonly flush = (): void => {
+    this.#turnAt = undefined;
     while (this.ready && this.#bytesInFlight < IN_FLIGHT && this.batcher.size > 0) {
       const wait = this.#flights.length > 0 && this.batcher.mayGrow ? this.#untilNext() : 0;
       if (wait > 0) return this.events.flushIn(wait);
@@ -2833,19 +2911,23 @@ class Bindings {
 /** What the broker's version forbids. */
 class Refusal extends Error {}
 
-/** From this version on, an auto-delete exchange that is unbound while somebody else binds it destroys the broker's metadata. */
-const KHEPRI_ONLY = "4.2.0";
+/**
+ * An auto-delete exchange that is unbound while somebody else binds it destroys the metadata of a broker that keeps them in Khepri:
+ * RabbitMQ 4.0 and 4.1 may, and it costs connections there (541); later ones always do, and it costs the virtual host.
+ */
+const MAY_USE_KHEPRI = "4.0.0";
+const USES_KHEPRI = "4.2.0";
 
 /** @throws Refusal if room exchanges are asked for where they would destroy the broker */
 function mayHaveRoomExchanges(model: AmqpConnection, wanted: boolean | undefined): boolean {
   const version = brokerVersion(model);
-  const safe = Bun.semver.order(version, KHEPRI_ONLY) < 0;
-  if (wanted && !safe)
+  const isBelow = (limit: string) => Bun.semver.order(version, limit) < 0;
+  if (wanted && !isBelow(USES_KHEPRI))
     throw new Refusal(
       `roomExchanges: true was refused: the broker's version is ${version}, and from RabbitMQ 4.2 on exchanges that come and go ` +
         "with their bindings destroy its metadata store; leave roomExchanges out, and bind to the routing keys of rooms instead",
     );
-  return wanted ?? safe;
+  return wanted ?? isBelow(MAY_USE_KHEPRI);
 }
 
 /** How large a frame may be on this connection, in bytes: what was negotiated with the broker. amqplib leaves it out of its types. */
@@ -2864,7 +2946,7 @@ function brokerVersion(model: AmqpConnection): string {
 }
 
 /** amqplib keeps one operation in flight on each channel, so more of them bind faster. */
-const LANES = 4;
+const LANES = 3;
 /** With more bindings to make than this, the queue takes everything until they are made. */
 const STORM = 32;
 /** How long the removal of this server's last queue is waited for, in ms. */
@@ -2911,7 +2993,7 @@ class Topology {
    * takes 0.7 s alone and did not end while four channels bound.
    */
   async open(
-    before: string,
+    before: string | undefined,
     own: string[],
     queueArguments: object,
     receive: (message: ConsumeMessage | null) => void,
@@ -2928,7 +3010,8 @@ class Topology {
     for (const key of own) bindings.digests.add(digestOf(key));
     bindings.takesAll = true;
     await channel.consume(queue, (message) => this.#ended || receive(message), { noAck: true });
-    removed(model, before).then(() => {
+    const gone = before === undefined ? Promise.resolve() : removed(model, before);
+    gone.then(() => {
       this.#idle.push(...lanes);
       this.followAll();
     }, lose);
@@ -3119,6 +3202,7 @@ class Connection {
   readonly #name: "consuming" | "publishing";
   readonly #settings: Settings;
   readonly #report: (error: Error) => void;
+  readonly #changed: (event: "connect" | "disconnect") => void;
   readonly #events: ConnectionEvents;
   #closed = false;
   #wake: (() => void) | undefined;
@@ -3129,11 +3213,13 @@ class Connection {
     name: "consuming" | "publishing",
     settings: Settings,
     report: (error: Error) => void,
+    changed: (event: "connect" | "disconnect") => void,
     events: ConnectionEvents,
   ) {
     this.#name = name;
     this.#settings = settings;
     this.#report = report;
+    this.#changed = changed;
     this.#events = events;
   }
 
@@ -3166,11 +3252,13 @@ class Connection {
         this.reconnects++;
         reported = undefined;
         this.#events.live();
+        this.#changed("connect");
         error = await lost;
       } catch (reason) {
         error = asError(reason);
       }
       if (this.upSince !== undefined && performance.now() - this.upSince > STABLE) attempt = 0;
+      if (this.upSince !== undefined) this.#changed("disconnect");
       this.upSince = undefined;
       this.#events.down(error);
       if (model) await release(model);
@@ -3285,6 +3373,13 @@ const PERMISSIONS: Record<string, string> = {
   "60,40": "write",
 };
 
+/** What to do about errors that do not say so. */
+const ADVICE: [RegExp, string][] = [
+  [/No channels left/, `; allow at least ${LANES + 2} channels: channelMax of the URL, or channel_max of the broker`],
+  [/Expected ConnectionOpenOk/, "; create the virtual host that the URL names, and give the user permissions in it"],
+  [/inequivalent arg/, "; somebody else declared it in another way: delete it, or choose another prefix"],
+];
+
 /** Says what to do where the broker refuses. */
 function explain(error: BrokerError, link: string, prefix: string): Error {
   const { message, classId, methodId } = error;
@@ -3292,7 +3387,8 @@ function explain(error: BrokerError, link: string, prefix: string): Error {
   const bound = classId === 50 && methodId !== 10 ? (/to queue/.test(message) ? "write" : "read") : undefined;
   const missing = /(configure|write|read) access/.exec(message)?.[1] ?? bound ?? PERMISSIONS[`${classId},${methodId}`];
   const pattern = `^${prefix.replace(/[^\w-]/g, "\\$&")}(#|$)`;
-  const advice = isRefused(error) && missing ? `; grant the user ${missing} permission on ${pattern}` : "";
+  const permission = isRefused(error) && missing ? `; grant the user ${missing} permission on ${pattern}` : "";
+  const advice = ADVICE.find(([symptom]) => symptom.test(message))?.[1] ?? permission;
   return new Error(`The ${link} connection was lost: ${message}${advice}`, { cause: error });
 }
 
@@ -3550,8 +3646,11 @@ function wordsOf(body: Buffer): Uint32Array {
   return new Uint32Array(Uint8Array.prototype.slice.call(body, HEADER, HEADER + count * 4).buffer);
 }
 
+const NONE: readonly number[] = [];
+
 /** The numbers of a frame's predecessors whose routing key passes a test. */
-function predecessorsOf({ number, body }: Frame, isBound: (digest: number) => boolean): number[] {
+function predecessorsOf({ number, body }: Frame, isBound: (digest: number) => boolean): readonly number[] {
+  if (body.length < EMPTY_FRAME || body.readUInt32LE(HEADER + 8) === 0) return NONE;
   const words = wordsOf(body);
   const [, sections = 0, count = 0] = words;
   const numbers: number[] = [];
