@@ -1425,6 +1425,7 @@ describe("a connection", () => {
     b.io.to("red").emit("hello");
     expect(await heardFrom(b.io, { cat })).toEqual({ cat: [["hello"]] });
     expect(errorsOf(c).length).toBeLessThan(20); // no hot loop
+    if (!haveRoomExchanges) return;
     // A room's exchange that could be declared and not be bound does not stay.
     await broker.ctl("set_permissions", user, ours, ours, "^$");
     const refused = once(c.adapter, "error");

@@ -7,8 +7,28 @@
  *   exchange socket.io ───────► exchange socket.io#keys ──"/#room42", "/", "@", …────────┘ unbound by the last local leave
  *   (fanout, durable)           (direct, durable)
  *
- * Read from the top: what you call · the adapter (Socket.IO's side) · the emitter · the member (one server's place in
- * the cluster) · the AMQP side (connections, topology, outbox) · frames, values and names (pure functions).
+ * Sections: what you call · the adapter (Socket.IO's side) · the emitter · the node (one server's place in the cluster) ·
+ * receiving · sending · bindings · connections · the wire · values · names.
+ *
+ * Words:
+ *   packet       what one emit sends, encoded by the server's parser; a message is the same between servers (a join, a question)
+ *   section      consecutive packets for the same rooms
+ *   frame        an AMQP message with the sections of one namespace; numbered by its sender, unless it is volatile
+ *   floor        every number up to it is confirmed by the broker
+ *   predecessor  an unconfirmed frame before a frame, which names it
+ *   log          the frames that were published lately, to be sent again
+ *   stream       what has come of one peer; its cursor: every number up to it has come, was for others, or is lost
+ *   catch-up     a stream that may have missed frames holds those that come until the peer has sent the others again
+ *   key          a routing key: `/chat` is a namespace, `/chat#room42` a room, `@` all servers, `@<uid>` one
+ *   peer, node   another server or emitter; this one
+ *
+ * The life of a packet:
+ *   1. `broadcast()` encodes it once and writes it to the local sockets; `Routes` names its destination.
+ *   2. It waits in the `Batcher`, until the end of the turn or longer, where the broker is slower than the emits.
+ *   3. `Publisher` makes a frame of what waits, numbers it, keeps it in the `SentLog` and publishes it.
+ *   4. The broker routes it by its keys to the queues of the servers that hold the rooms; its confirm moves the floor.
+ *   5. The peer's `PeerStream` puts it in order with what came before, or holds it while something is missing.
+ *   6. `FrameReader` takes it apart, and `LocalAdapter` writes each packet to the sockets of its rooms, as it is.
  */
 import { createHash, randomBytes } from "node:crypto";
 import type { Socket as TcpSocket } from "node:net";
@@ -324,10 +344,9 @@ export interface Packet {
   id?: number;
 }
 
-/** `bun --hot` evaluates this module again, with a class of its own. */
-const OURS: unique symbol = Symbol.for("socket.io-amqp0.adapter") as never;
+/** Whether it is an adapter of any copy of this module: `bun --hot` evaluates it again, with a class of its own. */
 const isOurs = (adapter: unknown): adapter is { close(): unknown } =>
-  typeof adapter === "object" && adapter !== null && OURS in adapter;
+  typeof adapter === "object" && adapter !== null && "socket.io-amqp0" in adapter;
 /** For how many ms a client's connection waits for its namespace to be bound. */
 const HOLD_CLIENTS = 1_000;
 
@@ -351,100 +370,195 @@ const RESERVED_EVENTS = new Set([
 const apply: (this: Adapter, opts: BroadcastOptions, callback: (socket: Socket) => void) => void =
   Adapter.prototype["apply"];
 
-/**
- * One namespace of one server. It emits `error` (an `Error`) for what a user should know, where somebody listens: a lost
- * connection, a refused permission, a message that could not be sent or read.
- */
-export class AmqpAdapter extends Adapter implements Tenant {
+/** The local side of a namespace: its sockets, and what is written to them. */
+class LocalAdapter extends Adapter {
+  declare readonly nsp: Namespace;
+  readonly #report: (error: Error) => void;
+  readonly #maxDetails: number;
+
+  constructor(nsp: Namespace, report: (error: Error) => void, maxPayload: number) {
+    super(nsp);
+    this.#report = report;
+    this.#maxDetails = maxPayload / 4;
+  }
+
+  /** @internal Packets of a peer, handed to the local sockets as they are. */
+  onPackets({ kind, head }: Section, packets: () => Part[][]): void {
+    let opts: BroadcastOptions = EVERYONE;
+    if (kind === SectionKind.Room) opts = { rooms: new Set([head]) };
+    if (kind === SectionKind.Options) opts = packetsHead(head);
+    if (kind === SectionKind.Room && !this.rooms.has(head)) return;
+    const sockets = this.localSockets(opts);
+    if (sockets.length > 0) this.writeTo(sockets, packets(), opts.flags);
+  }
+
+  protected localSockets(opts: BroadcastOptions): Socket[] {
+    const sockets: Socket[] = [];
+    apply.call(this, opts, (socket) => sockets.push(socket));
+    return sockets;
+  }
+
+  protected writeTo(sockets: Socket[], packets: unknown[][], flags: BroadcastFlags = {}, decoded?: Packet): void {
+    if (sockets.length === 0) return;
+    const options = { preEncoded: true, volatile: flags.volatile, compress: flags.compress };
+    for (const parts of packets) {
+      let packet = decoded;
+      for (const socket of sockets) {
+        if (socket.listenersAnyOutgoing?.().length) {
+          try {
+            socket.notifyOutgoingListeners?.((packet ??= this.decode(parts)));
+          } catch (error) {
+            if (decoded) throw error; // into the emit() of the user who can mend it
+            this.#report(new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }));
+          }
+        }
+        socket.client.writeToEngine(parts, options);
+      }
+    }
+  }
+
+  protected decode(parts: unknown[]): Packet {
+    const decoder = new this.nsp.server._parser.Decoder({ maxAttachments: Infinity });
+    let packet: Packet | undefined;
+    decoder.on("decoded", (decoded) => (packet = decoded));
+    for (const part of parts) decoder.add(part);
+    decoder.destroy();
+    if (!packet) throw new FrameError(`a packet of ${parts.length} parts that the parser does not understand`);
+    return packet;
+  }
+
+  /** Undefined where the parser does not take it, which is reported. */
+  protected tryEncode(packet: Packet): Part[] | undefined {
+    try {
+      return this.nsp.server.encoder.encode(packet).map(partOf);
+    } catch (error) {
+      this.#report(new TypeError(`A packet cannot be encoded for other servers: ${asError(error).message}`));
+      return undefined;
+    }
+  }
+
+  /** An acknowledged broadcast of a peer. */
+  protected answerBroadcast(
+    { id, opts, timeout, packet: parts }: Message & { type: "broadcast" },
+    answer: (value: Answer) => void,
+  ): void {
+    const { data } = this.decode(parts);
+    const packet: Packet = { type: EVENT, nsp: this.nsp.name, data: eventOf(data) };
+    const options = fromWire(opts);
+    const sockets = this.localSockets(options);
+    super.broadcastWithAck(
+      packet,
+      options,
+      (count) => answer({ type: "clients", id, count }),
+      (...values: unknown[]) => {
+        const encoded = this.tryEncode({ type: ACK, nsp: this.nsp.name, id: 0, data: values });
+        answer(encoded ? { type: "ack", id, packet: encoded } : { type: "ack", id });
+      },
+    );
+    // Socket.IO would wait for the answers of these clients until they disconnect.
+    setTimeout(() => {
+      for (const { acks } of sockets) if (packet.id !== undefined) acks.delete(packet.id);
+    }, timeout + ACK_GRACE).unref();
+  }
+
+  /** What a peer learns of a local socket, and about how long it is. What cannot be sent is left out and reported. */
+  #details({ id, handshake, rooms, data }: Socket): { value: unknown; size: number } {
+    const { sessionStore: _, ...rest } = handshake; // may hold circular references
+    const max = this.#maxDetails;
+    const left: string[] = [];
+    const sendable = (name: string, value: unknown) => {
+      if (!isRecord(value)) return value;
+      const kept = Object.entries(value).filter(([key, part]) => {
+        const fits = lengthOf(part) <= max;
+        if (!fits) left.push(`${name}.${key}`);
+        return fits;
+      });
+      return Object.fromEntries(kept);
+    };
+    let details: unknown = { id, handshake: rest, rooms: [...rooms], data };
+    if (lengthOf(details) > max)
+      details = { id, handshake: sendable("handshake", rest), rooms: [...rooms], data: sendable("data", data) };
+    if (lengthOf(details) > max) {
+      left.push("handshake", "data");
+      details = { id, handshake: { headers: {}, query: {}, auth: {} }, rooms: [...rooms], data: {} };
+    }
+    if (left.length > 0)
+      this.#report(
+        new Error(
+          `Of socket ${id}, ${left.join(", ")} cannot be sent to another server: not JSON, or over ${max} bytes`,
+        ),
+      );
+    return { value: details, size: lengthOf(details) };
+  }
+
+  /** @internal */
+  onConnection(event: "connect" | "disconnect", connection: string): void {
+    queueMicrotask(() => this.emit(event, connection));
+  }
+
+  /** @internal */
+  report(error: Error): boolean {
+    if (this.listenerCount("error") === 0) return false;
+    queueMicrotask(() => this.emit("error", error)); // a listener that throws breaks nothing that is being done
+    return true;
+  }
+
+  /** What cannot be encoded is reported, and left out. */
+  protected encodeAnswer(value: Answer): Part[] {
+    try {
+      return encodeValue(value);
+    } catch (error) {
+      this.#report(new TypeError(`An answer cannot be sent to another server: ${asError(error).message}`));
+      return encodeValue({ type: value.type, id: value.id, value: null });
+    }
+  }
+
+  /** An event for the servers: their listeners may answer once. */
+  protected answerEmit({ id, args }: Message & { type: "emit" }, answer: (value: Answer) => void): void {
+    if (id === undefined) return this.nsp._onServerSideEmit(args);
+    let answered = false;
+    const callback = (value: unknown) => {
+      if (!answered) answer({ type: "answer", id, value });
+      answered = true;
+    };
+    this.nsp._onServerSideEmit([...args, callback]);
+  }
+
+  /** What a peer learns of the matching sockets, in answers of a bounded size. */
+  protected answerFetch({ id, opts }: Message & { type: "fetch" }, answer: (value: Answer) => void): void {
+    let sockets: unknown[] = [];
+    let size = 0;
+    for (const socket of this.localSockets(fromWire(opts))) {
+      const details = this.#details(socket);
+      if (sockets.length > 0 && size + details.size > this.#maxDetails) {
+        answer({ type: "sockets", id, sockets, more: true });
+        sockets = [];
+        size = 0;
+      }
+      sockets.push(details.value);
+      size += details.size;
+    }
+    answer({ type: "sockets", id, sockets, more: false });
+  }
+}
+
+/** Binds what the rooms of a namespace want. */
+class BoundAdapter extends LocalAdapter {
   /** @internal Marks an adapter of any copy of this module. */
-  readonly [OURS]: true = true;
+  readonly "socket.io-amqp0": true = true;
   /** @internal The routing key of what is for everyone in this namespace. */
   readonly key: string;
-  declare readonly nsp: Namespace;
-  /** Resolves once connected, bound and announced; rejects if the adapter is closed before. */
-  readonly ready: Promise<void>;
-  /** @internal */
-  readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
-  readonly #node: Node;
-  readonly #settings: Settings;
-  readonly #routes: Routes;
   /** Whether a room has a routing key of its own. */
   readonly #travels: (room: Room) => boolean;
-  #closing: Promise<void> | undefined;
-  #started = false;
-  /** The adapter that this one takes the place of: Socket.IO does not close it. */
-  #replaced: { close(): unknown } | undefined;
+  readonly #receiver: Receiver;
 
-  /** Made by what `createAdapter()` returns. */
-  constructor(nsp: Namespace, node: Node) {
-    super(nsp);
-    this.#node = node;
-    this.#settings = node.settings;
+  constructor(nsp: Namespace, { settings, receiver, report }: Node) {
+    super(nsp, report, settings.maxPayload);
     this.key = namespaceKey(nsp.name);
-    const bound = node.settings.socketRooms === "bound";
+    this.#receiver = receiver;
+    const bound = settings.socketRooms === "bound";
     this.#travels = (room) => bound || !isSocketId(room);
-    this.#routes = node.routes(nsp.name);
-    this.ready = this.opened.promise;
-    this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
-    this.#replaced = isOurs(nsp.adapter) ? nsp.adapter : undefined;
   }
-
-  get stats(): AdapterStats {
-    return { ...this.#node.stats, rooms: this.#node.receiver.countBound(this.keys()) };
-  }
-
-  /** This server's name in the cluster. */
-  get uid(): string {
-    return this.#node.uid;
-  }
-
-  /** Resolves once the adapter is ready. Socket.IO calls it; calling it again does no harm. */
-  override init(): Promise<void> {
-    if (this.#started) return this.ready;
-    this.#started = true;
-    this.#node.join(this);
-    void this.#replaced?.close();
-    this.#replaced = undefined;
-    this.#holdClients();
-    return this.ready;
-  }
-
-  /**
-   * A client that is connected hears what other servers emit from then on: until the namespace is bound, its connection is
-   * held back, for a second at most, and not at all while the broker is away. There is no hook for it: a middleware would be
-   * lost where a namespace is made from a pattern, so this one place wraps a method of Socket.IO's namespace.
-   */
-  #holdClients(): void {
-    const nsp = this.nsp as Namespace & { run?: (socket: unknown, next: unknown) => void };
-    const { run } = nsp;
-    if (!run) return;
-    nsp.run = (socket, next) => {
-      const live = nsp.adapter === this ? this.#node.receiver.follow(this.key) : undefined;
-      if (!live) return run.call(nsp, socket, next);
-      void within(HOLD_CLIENTS, live).then(() => run.call(nsp, socket, next));
-    };
-  }
-
-  override close(): Promise<void> {
-    return (this.#closing ??= this.#node.leave(this));
-  }
-
-  override serverCount(): Promise<number> {
-    return Promise.resolve(1 + this.#peers.length);
-  }
-
-  /** @internal */
-  get shared(): Shared {
-    const { socketRooms, maxPayload, journal } = this.#settings;
-    return { socketRooms, maxPayload, "journal.ms": journal.ms, parser: parserName(this.nsp.server.encoder) };
-  }
-
-  /** The other servers that have this namespace open. */
-  get #peers(): string[] {
-    return this.#node.membership.serversOf(this.nsp.name);
-  }
-
-  // Rooms: what is bound on the broker follows `this.rooms`.
 
   /** @internal The routing keys of its rooms. */
   keys(): Iterable<string> {
@@ -481,10 +595,94 @@ export class AmqpAdapter extends Adapter implements Tenant {
   #follow(rooms: Iterable<Room>): Promise<void> | void {
     let pending: Promise<void>[] | undefined;
     for (const room of rooms) {
-      const done = this.#travels(room) ? this.#node.receiver.follow(roomKey(this.nsp.name, room)) : undefined;
+      const done = this.#travels(room) ? this.#receiver.follow(roomKey(this.nsp.name, room)) : undefined;
       if (done) (pending ??= []).push(done);
     }
     if (pending) return Promise.all(pending).then(() => {});
+  }
+
+  /**
+   * A client that is connected hears what other servers emit from then on: until the namespace is bound, its connection is
+   * held back, for a second at most, and not at all while the broker is away. There is no hook for it: a middleware would be
+   * lost where a namespace is made from a pattern, so this one place wraps a method of Socket.IO's namespace.
+   */
+  protected holdClients(): void {
+    const nsp = this.nsp as Namespace & { run?: (socket: unknown, next: unknown) => void };
+    const { run } = nsp;
+    if (!run) return;
+    nsp.run = (socket, next) => {
+      const live = nsp.adapter === this ? this.#receiver.follow(this.key) : undefined;
+      if (!live) return run.call(nsp, socket, next);
+      void within(HOLD_CLIENTS, live).then(() => run.call(nsp, socket, next));
+    };
+  }
+}
+
+/**
+ * One namespace of one server. It emits `error` (an `Error`) for what a user should know, where somebody listens: a lost
+ * connection, a refused permission, a message that could not be sent or read.
+ */
+export class AmqpAdapter extends BoundAdapter implements Tenant {
+  /** Resolves once connected, bound and announced; rejects if the adapter is closed before. */
+  readonly ready: Promise<void>;
+  /** @internal */
+  readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
+  readonly #node: Node;
+  readonly #settings: Settings;
+  readonly #routes: Routes;
+  #closing: Promise<void> | undefined;
+  #started = false;
+  /** The adapter that this one takes the place of: Socket.IO does not close it. */
+  #replaced: { close(): unknown } | undefined;
+
+  /** Made by what `createAdapter()` returns. */
+  constructor(nsp: Namespace, node: Node) {
+    super(nsp, node);
+    this.#node = node;
+    this.#settings = node.settings;
+    this.#routes = node.routes(nsp.name);
+    this.ready = this.opened.promise;
+    this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
+    this.#replaced = isOurs(nsp.adapter) ? nsp.adapter : undefined;
+  }
+
+  get stats(): AdapterStats {
+    return { ...this.#node.stats, rooms: this.#node.receiver.countBound(this.keys()) };
+  }
+
+  /** This server's name in the cluster. */
+  get uid(): string {
+    return this.#node.uid;
+  }
+
+  /** Resolves once the adapter is ready. Socket.IO calls it; calling it again does no harm. */
+  override init(): Promise<void> {
+    if (this.#started) return this.ready;
+    this.#started = true;
+    this.#node.join(this);
+    void this.#replaced?.close();
+    this.#replaced = undefined;
+    this.holdClients();
+    return this.ready;
+  }
+
+  override close(): Promise<void> {
+    return (this.#closing ??= this.#node.leave(this));
+  }
+
+  override serverCount(): Promise<number> {
+    return Promise.resolve(1 + this.#peers.length);
+  }
+
+  /** @internal */
+  get shared(): Shared {
+    const { socketRooms, maxPayload, journal } = this.#settings;
+    return { socketRooms, maxPayload, "journal.ms": journal.ms, parser: parserName(this.nsp.server.encoder) };
+  }
+
+  /** The other servers that have this namespace open. */
+  get #peers(): string[] {
+    return this.#node.membership.serversOf(this.nsp.name);
   }
 
   // Packets: encoded once, delivered locally first.
@@ -492,53 +690,8 @@ export class AmqpAdapter extends Adapter implements Tenant {
   override broadcast(packet: Packet, opts: BroadcastOptions): void {
     packet.nsp = this.nsp.name;
     const parts = this.nsp.server.encoder.encode(packet);
-    this.#write(this.#sockets(opts), [parts], opts.flags, packet);
+    this.writeTo(this.localSockets(opts), [parts], opts.flags, packet);
     if (!opts.flags?.local && !this.#closing) this.#node.sender.add(this.#routes.packets(opts), parts);
-  }
-
-  /** @internal Packets of a peer, handed to the local sockets as they are. */
-  onPackets({ kind, head }: Section, packets: () => Part[][]): void {
-    let opts: BroadcastOptions = EVERYONE;
-    if (kind === SectionKind.Room) opts = { rooms: new Set([head]) };
-    if (kind === SectionKind.Options) opts = packetsHead(head);
-    if (kind === SectionKind.Room && !this.rooms.has(head)) return;
-    const sockets = this.#sockets(opts);
-    if (sockets.length > 0) this.#write(sockets, packets(), opts.flags);
-  }
-
-  #sockets(opts: BroadcastOptions): Socket[] {
-    const sockets: Socket[] = [];
-    apply.call(this, opts, (socket) => sockets.push(socket));
-    return sockets;
-  }
-
-  #write(sockets: Socket[], packets: unknown[][], flags: BroadcastFlags = {}, decoded?: Packet): void {
-    if (sockets.length === 0) return;
-    const options = { preEncoded: true, volatile: flags.volatile, compress: flags.compress };
-    for (const parts of packets) {
-      let packet = decoded;
-      for (const socket of sockets) {
-        if (socket.listenersAnyOutgoing?.().length) {
-          try {
-            socket.notifyOutgoingListeners?.((packet ??= this.#decode(parts)));
-          } catch (error) {
-            if (decoded) throw error; // into the emit() of the user who can mend it
-            this.#node.report(new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }));
-          }
-        }
-        socket.client.writeToEngine(parts, options);
-      }
-    }
-  }
-
-  #decode(parts: unknown[]): Packet {
-    const decoder = new this.nsp.server._parser.Decoder({ maxAttachments: Infinity });
-    let packet: Packet | undefined;
-    decoder.on("decoded", (decoded) => (packet = decoded));
-    for (const part of parts) decoder.add(part);
-    decoder.destroy();
-    if (!packet) throw new FrameError(`a packet of ${parts.length} parts that the parser does not understand`);
-    return packet;
   }
 
   override broadcastWithAck(
@@ -554,7 +707,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
       // A peer is counted when the last of its clients has answered or when it is gone, so a dead one is not waited for.
       const clients = new Map(peers.map((uid) => [uid, { count: Infinity, acks: 0 }]));
       const timeout = opts.flags?.timeout ?? this.#settings.requestsTimeout;
-      const parts = this.#tryEncode({ type: EVENT, nsp: this.nsp.name, data: packet.data });
+      const parts = this.tryEncode({ type: EVENT, nsp: this.nsp.name, data: packet.data });
       const send = (id: string) => {
         if (parts) this.#send({ type: "broadcast", id, opts: toWire(opts), timeout, packet: parts });
       };
@@ -565,7 +718,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
           if (message.type === "clients") peer.count = message.count;
           if (message.type === "ack") {
             peer.acks++;
-            ack(...(message.packet ? this.#decode(message.packet).data : []));
+            ack(...(message.packet ? this.decode(message.packet).data : []));
           }
           return peer.acks >= peer.count;
         },
@@ -577,22 +730,13 @@ export class AmqpAdapter extends Adapter implements Tenant {
     super.broadcastWithAck(packet, opts, clientCountCallback, ack);
   }
 
-  /** Undefined where the parser does not take it, which is reported. */
-  #tryEncode(packet: Packet): Part[] | undefined {
-    try {
-      return this.nsp.server.encoder.encode(packet).map(partOf);
-    } catch (error) {
-      this.#node.report(new TypeError(`A packet cannot be encoded for other servers: ${asError(error).message}`));
-      return undefined;
-    }
-  }
-
   // Sockets and servers: local first, then a message to the servers that hold the rooms, or to all.
 
   override addSockets(opts: BroadcastOptions, rooms: Room[]): void {
     super.addSockets(opts, rooms);
+    if (opts.flags?.local) return;
     this.#routes.joinFromAfar(rooms);
-    if (!opts.flags?.local) this.#send({ type: "join", opts: toWire(opts), rooms });
+    this.#send({ type: "join", opts: toWire(opts), rooms });
   }
 
   override delSockets(opts: BroadcastOptions, rooms: Room[]): void {
@@ -606,7 +750,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
   }
 
   override async fetchSockets(opts: BroadcastOptions): Promise<unknown[]> {
-    const sockets: unknown[] = this.#sockets(opts);
+    const sockets: unknown[] = this.localSockets(opts);
     const peers = opts.flags?.local ? [] : this.#peers;
     const send = (id: string) => this.#send({ type: "fetch", id, opts: toWire(opts) });
     const timeout = opts.flags?.timeout ?? this.#settings.requestsTimeout;
@@ -648,7 +792,7 @@ export class AmqpAdapter extends Adapter implements Tenant {
 
   /** @internal A message of a peer, an emitter or a foreign client. */
   onMessage(message: Message, from: string): void {
-    const answer = (value: Answer) => this.#node.sender.add(this.#routes.direct(from), encodeValue(value));
+    const answer = (value: Answer) => this.#node.sender.add(this.#routes.direct(from), this.encodeAnswer(value));
     switch (message.type) {
       case "packet":
         return super.broadcast(
@@ -661,102 +805,15 @@ export class AmqpAdapter extends Adapter implements Tenant {
         return super.delSockets(fromWire(message.opts), message.rooms);
       case "disconnect":
         return super.disconnectSockets(fromWire(message.opts), message.close);
-      case "emit": {
-        if (message.id === undefined) return this.nsp._onServerSideEmit(message.args);
-        const { id } = message;
-        let answered = false;
-        const callback = (value: unknown) => {
-          if (!answered) answer({ type: "answer", id, value });
-          answered = true;
-        };
-        return this.nsp._onServerSideEmit([...message.args, callback]);
-      }
-      case "fetch": {
-        const { id } = message;
-        let sockets: unknown[] = [];
-        let size = 0;
-        for (const socket of this.#sockets(fromWire(message.opts))) {
-          const details = this.#details(socket);
-          if (sockets.length > 0 && size + details.size > this.#settings.maxPayload / 4) {
-            answer({ type: "sockets", id, sockets, more: true });
-            sockets = [];
-            size = 0;
-          }
-          sockets.push(details.value);
-          size += details.size;
-        }
-        return answer({ type: "sockets", id, sockets, more: false });
-      }
+      case "emit":
+        return this.answerEmit(message, answer);
+      case "fetch":
+        return this.answerFetch(message, answer);
       case "broadcast":
-        return this.#onBroadcast(message, answer);
+        return this.answerBroadcast(message, answer);
       default:
         this.#node.requests.onAnswer(message, from);
     }
-  }
-
-  /** An acknowledged broadcast of a peer. */
-  #onBroadcast(
-    { id, opts, timeout, packet: parts }: Message & { type: "broadcast" },
-    answer: (value: Answer) => void,
-  ): void {
-    const { data } = this.#decode(parts);
-    const packet: Packet = { type: EVENT, nsp: this.nsp.name, data: eventOf(data) };
-    const options = fromWire(opts);
-    super.broadcastWithAck(
-      packet,
-      options,
-      (count) => answer({ type: "clients", id, count }),
-      (...values: unknown[]) => {
-        const encoded = this.#tryEncode({ type: ACK, nsp: this.nsp.name, id: 0, data: values });
-        answer(encoded ? { type: "ack", id, packet: encoded } : { type: "ack", id });
-      },
-    );
-    // Socket.IO would wait for the answers of these clients until they disconnect.
-    setTimeout(() => {
-      for (const { acks } of this.#sockets(options)) if (packet.id !== undefined) acks.delete(packet.id);
-    }, timeout + ACK_GRACE).unref();
-  }
-
-  /** What a peer learns of a local socket, and about how long it is. What cannot be sent is left out and reported. */
-  #details({ id, handshake, rooms, data }: Socket): { value: unknown; size: number } {
-    const { sessionStore: _, ...rest } = handshake; // may hold circular references
-    const max = this.#settings.maxPayload / 4;
-    const left: string[] = [];
-    const sendable = (name: string, value: unknown) => {
-      if (!isRecord(value)) return value;
-      const kept = Object.entries(value).filter(([key, part]) => {
-        const fits = lengthOf(part) <= max;
-        if (!fits) left.push(`${name}.${key}`);
-        return fits;
-      });
-      return Object.fromEntries(kept);
-    };
-    let details: unknown = { id, handshake: rest, rooms: [...rooms], data };
-    if (lengthOf(details) > max)
-      details = { id, handshake: sendable("handshake", rest), rooms: [...rooms], data: sendable("data", data) };
-    if (lengthOf(details) > max) {
-      left.push("handshake", "data");
-      details = { id, handshake: { headers: {}, query: {}, auth: {} }, rooms: [...rooms], data: {} };
-    }
-    if (left.length > 0)
-      this.#node.report(
-        new Error(
-          `Of socket ${id}, ${left.join(", ")} cannot be sent to another server: not JSON, or over ${max} bytes`,
-        ),
-      );
-    return { value: details, size: lengthOf(details) };
-  }
-
-  /** @internal */
-  onConnection(event: "connect" | "disconnect", connection: string): void {
-    queueMicrotask(() => this.emit(event, connection));
-  }
-
-  /** @internal */
-  report(error: Error): boolean {
-    if (this.listenerCount("error") === 0) return false;
-    queueMicrotask(() => this.emit("error", error)); // a listener that throws breaks nothing that is being done
-    return true;
   }
 }
 
@@ -1647,6 +1704,122 @@ const MAX_REPORTED = 1_000;
 /** How many ms after a queue has gone the rooms' exchanges are bound again. */
 const RENEW_AFTER = 2_000;
 
+interface InboxLinks {
+  tell: MembershipLinks["tell"];
+  isBound(digest: number): boolean;
+  /** A peer has to be asked for what was missed. */
+  ask(): void;
+  /** A message about which nothing can be done. */
+  unreadable(error: Error, source: string): void;
+  report(error: Error): void;
+}
+
+/** What becomes of the frames that the queue delivers. */
+class Inbox {
+  readonly counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0, lost: 0 };
+  /** When this server was last away from the broker (ms, monotonic). */
+  awayAt = -Infinity;
+  readonly #tenants: ReadonlyMap<string, Tenant>;
+  readonly #journal: Settings["journal"];
+  readonly #membership: Membership;
+  readonly #replays: Replays;
+  readonly #links: InboxLinks;
+
+  constructor(
+    tenants: ReadonlyMap<string, Tenant>,
+    journal: Settings["journal"],
+    membership: Membership,
+    replays: Replays,
+    links: InboxLinks,
+  ) {
+    this.#tenants = tenants;
+    this.#journal = journal;
+    this.#membership = membership;
+    this.#replays = replays;
+    this.#links = links;
+  }
+
+  onFrame(frame: Frame, again: boolean): void {
+    const peer = this.#membership.hear(frame.sender);
+    if (!peer) return;
+    if (frame.kind === FrameKind.Control) return this.#onControl(peer, readControl(frame));
+    if (this.#tenants.size === 0) return; // an emitter takes no packets
+    const { stream } = peer;
+    if (!again) stream.receive(frame, predecessorsOf(frame, this.#links.isBound));
+    else if (stream.receiveAgain(frame)) peer.askAt = performance.now() + ASK_AGAIN;
+    else {
+      stream.startCatchUp();
+      peer.askAt = 0;
+    }
+    if (stream.catchUp && peer.askAt < performance.now()) this.#links.ask();
+  }
+
+  #onControl(peer: Peer, control: Control): void {
+    switch (control.type) {
+      case "hello":
+        this.#membership.onHello(peer, control);
+        return this.#links.ask();
+      case "beat":
+        return this.#membership.onBeat(peer, control);
+      case "bye":
+        return this.#membership.onBye(peer, control.number);
+      case "missing":
+        if (this.#membership.peers.get(control.uid)?.namespaces)
+          void this.#links.tell(serverKey(control.uid), { type: "ping" });
+        return;
+      case "ask":
+        return this.#replays.answer(peer.uid, control);
+      case "begin":
+        if (peer.stream.catchUp?.id !== control.id) return; // the answer to an earlier question
+        peer.askAt = performance.now() + ASK_AGAIN;
+        return peer.stream.begin(control.from, control.to);
+    }
+  }
+
+  /** What cannot be read or handled costs no other section. */
+  #deliver(frame: Frame): void {
+    this.counts.framesReceived++;
+    this.counts.packetsReceived += frame.packets;
+    const handled = (handle: () => void) => {
+      try {
+        handle();
+      } catch (error) {
+        this.#links.unreadable(asError(error), `peer ${frame.sender}`);
+      }
+    };
+    handled(() => {
+      const reader = new FrameReader(frame);
+      const tenant = this.#tenants.get(reader.nsp);
+      if (!tenant) return;
+      for (const section of reader.sections) {
+        if (section.kind < SectionKind.Messages)
+          handled(() => tenant.onPackets(section, () => reader.packets(section)));
+        else
+          for (const parts of reader.packets(section))
+            handled(() => tenant.onMessage(asMessage(decodeValue(parts)), frame.sender));
+      }
+    });
+  }
+
+  newStream(uid: string): PeerStream<Frame> {
+    const stream = new PeerStream<Frame>(
+      {
+        deliver: (frame) => this.#deliver(frame),
+        replayed: () => this.counts.replayed++,
+        duplicate: () => this.counts.duplicates++,
+        lost: (frames) => {
+          this.counts.lost += frames;
+          this.#links.report(new Error(`Lost ${frames} frames of peer ${uid}: its journal no longer held them`));
+        },
+      },
+      this.#journal.bytes,
+    );
+    // Whoever is heard for the first time may have begun to send during an outage.
+    if (performance.now() - this.awayAt < this.#journal.ms) stream.startCatchUp();
+    return stream;
+  }
+}
+
 /** Wires the parts of one server together, or of one emitter. A server's namespaces share it. */
 class Node {
   readonly uid: string = randomBytes(6).toString("base64url"); // 8 characters: what a frame's header has room for
@@ -1661,10 +1834,8 @@ class Node {
   readonly #tenants = new Map<string, Tenant>();
   readonly #routes = new Map<string, Routes>();
   readonly #replays: Replays;
+  readonly #inbox: Inbox;
   readonly #reports: Reports;
-  readonly #counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0, lost: 0 };
-  /** When this server was last away from the broker (ms, monotonic). */
-  #awayAt = -Infinity;
   #heartbeat: Timeout | undefined;
   #asking: Timeout | undefined;
   #renewal: Timeout | undefined;
@@ -1686,10 +1857,10 @@ class Node {
       report: this.report,
     });
     this.receiver = new Receiver(uid, settings, names, this.#tenants, {
-      frame: (frame, again) => this.#onFrame(frame, again),
+      frame: (frame, again) => this.#inbox.onFrame(frame, again),
       isBack: () => {
         if (this.#tenants.size > 0) this.membership.startCatchUp(); // an emitter takes no packets
-        this.#awayAt = performance.now();
+        this.#inbox.awayAt = performance.now();
       },
       live: () => this.#ready(),
       changed: (event) => this.#changed(event, "consuming"),
@@ -1700,13 +1871,20 @@ class Node {
       tell,
       introduction: () => this.#introduction(),
       rooms: () => this.receiver.countBound(),
-      newStream: (peer) => this.#newStream(peer),
+      newStream: (peer) => this.#inbox.newStream(peer),
       upSince: () => this.#upSince,
       gone: (peer) => this.#gone(peer),
       report: this.report,
     });
     this.requests = new Requests(uid, (peer) => void tell(serverKey(peer), { type: "ping" }));
     this.#replays = new Replays(this.sender.publisher, settings.heartbeatTimeout, tell);
+    this.#inbox = new Inbox(this.#tenants, settings.journal, this.membership, this.#replays, {
+      tell,
+      isBound: this.receiver.isBound,
+      ask: () => this.#ask(),
+      unreadable: (error, source) => this.receiver.reportUnreadable(error, source),
+      report: this.report,
+    });
   }
 
   get stats(): Omit<AdapterStats, "rooms"> {
@@ -1715,7 +1893,7 @@ class Node {
       connected: this.#upSince !== undefined,
       framesSent: publisher.framesSent,
       packetsSent: publisher.packetsSent,
-      ...this.#counts,
+      ...this.#inbox.counts,
       dropped,
       queued: publisher.batcher.size,
       queuedBytes: publisher.batcher.bytes,
@@ -1837,86 +2015,6 @@ class Node {
       this.#renewal = undefined;
       this.receiver.renew();
     }, RENEW_AFTER);
-  }
-
-  #newStream(uid: string): PeerStream<Frame> {
-    const stream = new PeerStream<Frame>(
-      {
-        deliver: (frame) => this.#deliver(frame),
-        replayed: () => this.#counts.replayed++,
-        duplicate: () => this.#counts.duplicates++,
-        lost: (frames) => {
-          this.#counts.lost += frames;
-          this.report(new Error(`Lost ${frames} frames of peer ${uid}: its journal no longer held them`));
-        },
-      },
-      this.settings.journal.bytes,
-    );
-    // Whoever is heard for the first time may have begun to send during an outage.
-    if (performance.now() - this.#awayAt < this.settings.journal.ms) stream.startCatchUp();
-    return stream;
-  }
-
-  #onFrame(frame: Frame, again: boolean): void {
-    const peer = this.membership.hear(frame.sender);
-    if (!peer) return;
-    if (frame.kind === FrameKind.Control) return this.#onControl(peer, readControl(frame));
-    if (this.#tenants.size === 0) return; // an emitter takes no packets
-    const { stream } = peer;
-    if (!again) stream.receive(frame, predecessorsOf(frame, this.receiver.isBound));
-    else if (stream.receiveAgain(frame)) peer.askAt = performance.now() + ASK_AGAIN;
-    else {
-      stream.startCatchUp();
-      peer.askAt = 0;
-    }
-    if (stream.catchUp && peer.askAt < performance.now()) this.#ask();
-  }
-
-  #onControl(peer: Peer, control: Control): void {
-    switch (control.type) {
-      case "hello":
-        this.membership.onHello(peer, control);
-        return this.#ask();
-      case "beat":
-        return this.membership.onBeat(peer, control);
-      case "bye":
-        return this.membership.onBye(peer, control.number);
-      case "missing":
-        if (this.membership.peers.get(control.uid)?.namespaces)
-          void this.sender.control(serverKey(control.uid), { type: "ping" });
-        return;
-      case "ask":
-        return this.#replays.answer(peer.uid, control);
-      case "begin":
-        if (peer.stream.catchUp?.id !== control.id) return; // the answer to an earlier question
-        peer.askAt = performance.now() + ASK_AGAIN;
-        return peer.stream.begin(control.from, control.to);
-    }
-  }
-
-  /** What cannot be read or handled costs no other section. */
-  #deliver(frame: Frame): void {
-    this.#counts.framesReceived++;
-    this.#counts.packetsReceived += frame.packets;
-    const handled = (handle: () => void) => {
-      try {
-        handle();
-      } catch (error) {
-        this.receiver.reportUnreadable(asError(error), `peer ${frame.sender}`);
-      }
-    };
-    handled(() => {
-      const reader = new FrameReader(frame);
-      const tenant = this.#tenants.get(reader.nsp);
-      if (!tenant) return;
-      for (const section of reader.sections) {
-        if (section.kind < SectionKind.Messages)
-          handled(() => tenant.onPackets(section, () => reader.packets(section)));
-        else
-          for (const parts of reader.packets(section))
-            handled(() => tenant.onMessage(asMessage(decodeValue(parts)), frame.sender));
-      }
-    });
   }
 }
 
@@ -2599,7 +2697,7 @@ export class Publisher {
     const to = next?.packets[0]?.to;
     if (!next || !to) return;
     const number = to.volatile ? 0 : ++this.number;
-    const content = new FrameContent(next.packets, to.volatile ? [] : this.#predecessors());
+    const content = new FrameContent(next.packets, to.volatile ? [] : predecessorsIn(this.#flights, number));
     const size = content.size;
     const body = to.volatile ? Buffer.allocUnsafe(size) : this.log.append(size, this.now(), this.floor);
     content.write(body, this.uid, number, this.floor);
@@ -2642,21 +2740,21 @@ export class Publisher {
   #isDrained(): boolean {
     return this.#flights.length === 0 && this.batcher.size === 0;
   }
+}
 
-  /** Unconfirmed frames before the next one: how many numbers back each is, and the digest of each of its keys. */
-  #predecessors(): number[] {
-    const predecessors: number[] = [];
-    const first = Math.max(0, this.#flights.length - MAX_PREDECESSORS);
-    for (let i = this.#flights.length - 1; i >= first; i--) {
-      const { number, confirmed, digests } = this.#flights[i]!;
-      if (number === 0 || confirmed) continue;
-      for (const digest of digests) {
-        if (predecessors.length === 2 * MAX_DIGESTS) return predecessors;
-        predecessors.push(this.number - number, digest);
-      }
+/** Unconfirmed frames before the one with this number: how many numbers back each is, and the digest of each of its keys. */
+function predecessorsIn(flights: readonly Flight[], next: number): number[] {
+  const predecessors: number[] = [];
+  const first = Math.max(0, flights.length - MAX_PREDECESSORS);
+  for (let i = flights.length - 1; i >= first; i--) {
+    const { number, confirmed, digests } = flights[i]!;
+    if (number === 0 || confirmed) continue;
+    for (const digest of digests) {
+      if (predecessors.length === 2 * MAX_DIGESTS) return predecessors;
+      predecessors.push(next - number, digest);
     }
-    return predecessors;
   }
+  return predecessors;
 }
 
 /** Tells what is published under a routing key from all else, but for one in 2^32. */
