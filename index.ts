@@ -41,6 +41,9 @@ const debug = debuglog("socket.io-amqp0");
 
 // ── What you call ────────────────────────────────────────────────────────────────────────────────────────────────────
 
+/** @internal What a simulation needs: none of it does I/O. */
+export { FrameReader, PeerStream, predecessorsOf, Publisher, readFrame, Routes };
+
 /** What amqplib's `connect()` resolves to, recovering or not. */
 export type AmqpConnection = ChannelModel | RecoveringChannelModel;
 
@@ -2080,7 +2083,7 @@ interface StreamEvents<Frame> {
 }
 
 /** The frames of one peer, in order and once each. No I/O: the owner asks the peer while `catchUp` is set. */
-export class PeerStream<Frame extends Numbered> {
+class PeerStream<Frame extends Numbered> {
   /** Every frame up to this number has come, was for others, or is lost; undefined until the peer is heard. */
   cursor: number | undefined;
   catchUp: CatchUp<Frame> | undefined;
@@ -2554,7 +2557,7 @@ const MAX_DIGESTS = 64;
  * Makes frames of what waits, gives them numbers and publishes them. An idle server publishes at once; a busy one lets the next
  * frame grow while others are unconfirmed: Nagle's algorithm (RFC 896), with confirms for acknowledgements. No I/O of its own.
  */
-export class Publisher {
+class Publisher {
   /** The number of the last frame that was published, and the one up to which all are confirmed. */
   number = 0;
   floor = 0;
@@ -3673,7 +3676,7 @@ interface Section {
 }
 
 /** Reads what is behind a frame's header. */
-export class FrameReader {
+class FrameReader {
   readonly nsp: string;
   readonly sections: Section[] = [];
   readonly #body: Buffer;
