@@ -103,7 +103,6 @@ export interface AdapterOptions extends NodeOptions {
    */
   roomExchanges?: boolean | undefined;
   /**
-   * How rooms travel  /**
    * How rooms travel that are named like a socket id (20 characters of `A-Z a-z 0-9 _ -`): `"shared"` sends their
    * packets to every server of the namespace, so that a connecting client costs the broker nothing; `"bound"` binds them
    * like any room. Must be the same on all servers.
