@@ -96,9 +96,9 @@ interface NodeOptions {
 export interface AdapterOptions extends NodeOptions {
   /**
    * Whether a room gets an exchange of its own, `<prefix>#<namespace>#<room>`, to which other AMQP clients can publish and
-   * bind. `undefined` means: before RabbitMQ 4.0, on a server with up to 100 rooms. From 4.2 on no room has one, and `true` is
-   * refused with an error: an exchange that comes and goes with its bindings destroys RabbitMQ's metadata store there.
-   * `false` means that no room has one. Servers of all kinds work together.
+   * bind, on servers with up to 100 rooms. `undefined` means: before RabbitMQ 4.0. `true` means: on 4.0 and 4.1 as well, which
+   * bear it without Khepri. From 4.2 on `true` is refused with an error, for exchanges that come and go with their bindings
+   * destroy the broker's metadata there. `false` means: never. Servers of all kinds work together.
    * @default undefined
    */
   roomExchanges?: boolean | undefined;
