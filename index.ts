@@ -3109,6 +3109,7 @@ class Topology {
     ]);
     for (const key of own) bindings.digests.add(digestOf(key));
     bindings.takesAll = true;
+    bindings.lookAtAll(); // what is missing counts from here on, or a leave would end the catch-all
     await channel.consume(queue, (message) => this.#ended || receive(message), { noAck: true });
     const gone = before === undefined ? Promise.resolve() : removed(model, before);
     gone.then(() => {
@@ -3700,6 +3701,7 @@ class FrameReader {
     for (let i = 0; i < sections; i++) text += words[3 + 2 * i]! >>> 3;
     for (let i = 0; i < sections; i++) {
       const [about = 0, parts = 0] = [words[3 + 2 * i], words[4 + 2 * i]];
+      if (parts > words.length - word) throw new FrameError(`a section of ${parts} parts in ${words.length} words`);
       const section = {
         kind: about & 7,
         head: this.#text.slice(head, head + (about >>> 3)),
@@ -3710,8 +3712,7 @@ class FrameReader {
       };
       this.sections.push(section);
       head += about >>> 3;
-      const end = Math.min(words.length, word + parts);
-      for (; word < end; word++) {
+      for (const end = word + parts; word < end; word++) {
         const part = words[word]!;
         if (part >= BINARY) binary += part & MAX_PART;
         else text += part & MAX_PART;
