@@ -57,7 +57,6 @@ export class Proxy {
 
   heal(): void {
     this.#refuses = false;
-    this.latency = this.stalls = 0;
   }
 
   close(): void {
