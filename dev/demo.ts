@@ -1,4 +1,5 @@
 // The adapter to look at: Socket.IO servers A and B on two ports, a broker between them, and a chat page (demo.html) on both.
+// PORT is server A's port (3001), B takes the next one; HOST is the address that both listen on (127.0.0.1).
 import { createServer, type Server as HttpServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { connect } from "amqplib";
@@ -18,26 +19,31 @@ interface Message extends Person {
 }
 interface ClientToServer {
   enter: (name: unknown, room: unknown, done: () => void) => void;
-  say: (text: unknown, image: unknown, done: (seenBy: string[]) => void) => void;
+  say: (text: unknown, image: unknown, done: (seenBy: string[], late: boolean) => void) => void;
   typing: () => void;
   broker: () => void;
 }
 interface ServerToClient {
-  hello: (server: string, ports: Record<string, number>) => void;
+  hello: (server: string, ports: Record<string, number>, limits: typeof LIMITS) => void;
   people: (people: Person[]) => void;
   said: (message: Message, seen: (by: string) => void) => void;
   note: (text: string) => void;
   typing: (name: string) => void;
-  status: (stats: AdapterStats, brokerButton: string) => void;
+  status: (stats: AdapterStats, brokerButton: string, at: number) => void; // at: ms since the epoch, by the server's clock
 }
 interface ServerToServer {
   moved: () => void; // somebody came, went, or changed name or room
 }
 
 const { HOST = "127.0.0.1", PORT = "3001" } = process.env;
-const SEEN_TIMEOUT = 20_000; // ms; the broker can be stopped and started by hand within it
+const JOURNAL = 60_000; // ms; what is said while the broker is away for longer is dropped
+const LIMITS = { journal: JOURNAL, seen: JOURNAL + 5_000 }; // ms; who has seen a message is asked for as long
 const STATUS_INTERVAL = 500; // ms
 
+if (!/^\d+$/.test(PORT) || Number(PORT) > 65_534) {
+  console.error(`PORT has to be a number from 0 (any free port) to 65534, not ${PORT}`);
+  process.exit(1);
+}
 const page = await Bun.file(new URL("demo.html", import.meta.url)).text();
 console.log("Starting a broker …");
 const broker = await startBroker({ name: "demo" });
@@ -45,7 +51,11 @@ const broker = await startBroker({ name: "demo" });
 let brokerButton = process.env.AMQP_URL ? "" : "Stop the broker";
 
 // One result for both servers, as in a process that runs several; two processes would each create their own.
-const adapter = createAdapter({ amqpConnection: () => connect(broker.url), prefix: "socket.io-demo" });
+const adapter = createAdapter({
+  amqpConnection: () => connect(broker.url),
+  prefix: "socket.io-demo",
+  journal: { ms: JOURNAL },
+});
 const sites = { A: await listen(Number(PORT)), B: await listen(Number(PORT) && Number(PORT) + 1) };
 const ports = Object.fromEntries(
   Object.entries(sites).map(([server, http]) => [server, (http.address() as AddressInfo).port]),
@@ -55,7 +65,9 @@ await Promise.all(chats.map(({ ready }) => ready));
 
 // The listeners stay: `bun run` passes a Ctrl-C on that has reached this process already.
 const ended = new Promise((resolve) => process.on("SIGINT", resolve).on("SIGTERM", resolve));
-const urls = Object.entries(ports).map(([server, port]) => `  server ${server}   http://${HOST}:${port}`);
+// An address that stands for all of this machine's is none to open.
+const host = ["0.0.0.0", "::", ""].includes(HOST) ? "localhost" : HOST.includes(":") ? `[${HOST}]` : HOST;
+const urls = Object.entries(ports).map(([server, port]) => `  server ${server}   http://${host}:${port}`);
 console.log(["Open both, each in a tab of its own:", "", ...urls, "", "Ctrl-C ends it."].join("\n"));
 await ended;
 console.log("\nClosing …");
@@ -127,7 +139,7 @@ function serveChat(server: string, http: HttpServer): { ready: Promise<void>; cl
 
   async function showStatus(): Promise<void> {
     const { stats } = amqp;
-    io.local.volatile.emit("status", stats, brokerButton);
+    io.local.volatile.emit("status", stats, brokerButton, Date.now());
     const now = `${stats.connected} ${await amqp.serverCount()}`;
     if (now !== membership) await lookUpPeople();
     if (stats.connected) told.clear();
@@ -137,7 +149,7 @@ function serveChat(server: string, http: HttpServer): { ready: Promise<void>; cl
   io.on("moved", lookUpPeople);
   io.on("connection", (socket) => {
     const me = Object.assign(socket.data, { name: "", room: "", server });
-    socket.emit("hello", server, ports);
+    socket.emit("hello", server, ports, LIMITS);
 
     socket.on("enter", async (name, room, done) => {
       const { room: left } = me;
@@ -157,8 +169,8 @@ function serveChat(server: string, http: HttpServer): { ready: Promise<void>; cl
       const message = { ...me, text: clip(text, 2000), image: picture, at: Date.now() };
       socket
         .to(me.room)
-        .timeout(SEEN_TIMEOUT)
-        .emit("said", message, (_late, seenBy) => done(seenBy));
+        .timeout(LIMITS.seen)
+        .emit("said", message, (late, seenBy) => done(seenBy, !!late));
     });
 
     socket.on("typing", () => void socket.to(me.room).volatile.emit("typing", me.name));

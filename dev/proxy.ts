@@ -98,7 +98,7 @@ export class Proxy {
     from.on("data", (chunk: Buffer) =>
       pass(
         unlessDark(() => {
-          if (to.write(chunk)) return;
+          if (to.write(chunk) || from.isPaused()) return;
           from.pause();
           to.once("drain", () => from.resume());
         }),
