@@ -1023,6 +1023,9 @@ const ASK_AGAIN = 500;
 /** For how many ms after an outage, this server's or a peer's, the peer's queue may not be back yet. */
 const GRACE = 2_000;
 
+/** For how many ms a peer without a queue may come back: one that the broker refuses tries again after 10 s. */
+const RETURN = 20_000;
+
 /** Who else is there, with which namespaces; what each peer has sent. */
 class Membership {
   readonly peers: Map<string, Peer> = new Map();
@@ -1111,7 +1114,7 @@ class Membership {
     }
     // It may have lost its connection for a moment; killed, it will not come back.
     peer.goneAt ??= performance.now();
-    if (performance.now() - peer.goneAt >= GRACE) this.#giveUp(peer, "has no queue any more");
+    if (performance.now() - peer.goneAt >= RETURN) this.#giveUp(peer, "has no queue any more");
   }
 
   /** Tells everyone who is here with what; resolves with whether that is done. One telling at a time: what changes meanwhile goes with the next. */
@@ -3173,9 +3176,10 @@ class Topology {
     while (this.#idle.length > 0 && !this.#ended) {
       const change = this.bindings.next();
       const lane = change && this.#idle.pop();
-      if (!lane) return;
+      if (!lane) break;
       void this.#changeAll(lane, change);
     }
+    this.#switch();
   }
 
   async #changeAll(lane: Channel, first: BindingChange): Promise<void> {
