@@ -1054,6 +1054,7 @@ describe("on the broker", () => {
 
   test("what the adapter did stands in its stats", async () => {
     const { a, b, people } = await crew();
+    await settled();
     expect(a.adapter.stats).toMatchObject({ connected: true, rooms: 1, packetsSent: 0, lost: 0, lastError: undefined });
     expect(b.adapter.stats).toMatchObject({ connected: true, rooms: 2, reconnects: { consuming: 0, publishing: 0 } });
     for (let i = 0; i < 50; i++) a.io.to("red").emit("hello");

@@ -1632,7 +1632,11 @@ class Receiver {
     return count;
   }
 
-  readonly isBound = (digest: number): boolean => this.#topology?.bindings.digests.has(digest) ?? false;
+  /** Whether what is published under a key, by its digest, should come to this queue. */
+  readonly takes = (digest: number): boolean => {
+    const bindings = this.#topology?.bindings;
+    return bindings !== undefined && (bindings.takesAll || bindings.digests.has(digest));
+  };
 
   renew(): void {
     void this.#topology?.renew();
@@ -1711,7 +1715,8 @@ const RENEW_AFTER = 2_000;
 
 interface InboxLinks {
   tell: MembershipLinks["tell"];
-  isBound(digest: number): boolean;
+  /** Whether what is published under a key, by its digest, should come to this server's queue. */
+  takes(digest: number): boolean;
   /** A peer has to be asked for what was missed. */
   ask(): void;
   /** A message about which nothing can be done. */
@@ -1750,7 +1755,7 @@ class Inbox {
     if (frame.kind === FrameKind.Control) return this.#onControl(peer, readControl(frame));
     if (this.#tenants.size === 0) return; // an emitter takes no packets
     const { stream } = peer;
-    if (!again) stream.receive(frame, predecessorsOf(frame, this.#links.isBound));
+    if (!again) stream.receive(frame, predecessorsOf(frame, this.#links.takes));
     else if (stream.receiveAgain(frame)) peer.askAt = performance.now() + ASK_AGAIN;
     else {
       stream.startCatchUp();
@@ -1885,7 +1890,7 @@ class Node {
     this.#replays = new Replays(this.sender.publisher, settings.heartbeatTimeout, tell);
     this.#inbox = new Inbox(this.#tenants, settings.journal, this.membership, this.#replays, {
       tell,
-      isBound: this.receiver.isBound,
+      takes: this.receiver.takes,
       ask: () => this.#ask(),
       unreadable: (error, source) => this.receiver.reportUnreadable(error, source),
       report: this.report,
