@@ -6,18 +6,21 @@ import { cpus } from "node:os";
 import { resolve } from "node:path";
 import { parseArgs } from "node:util";
 import { Cluster, cpuOf, startRedis, type Worker } from "./bench/cluster.ts";
-import { chart, judge, summarise, table, targetTable, type Figure, type Target } from "./bench/report.ts";
+import { chart, judge, page, summarise, table, targetTable, type Figure, type Target } from "./bench/report.ts";
 import { TRANSPORTS, type Place, type Transport } from "./bench/transports.ts";
 import type { Load } from "./bench/worker.ts";
 import { startBroker } from "./broker.ts";
+import { Proxy } from "./proxy.ts";
 
 const USAGE = `bun run bench [options]
-  --quick            three minutes instead of fifteen
+  --quick            five minutes instead of half an hour
   --rounds N         how often each case is run
   --cases a,b        only these
   --transports a,b   only these
+  --before FILE      compares with another index.ts too, as of git show HEAD~1:index.ts > before.ts
   --profile FOLDER   puts a CPU profile of each process there
   --json FILE        writes all figures
+  --markdown FILE    writes them as a page: dev/benchmark.md
   --svg FILE         draws the most important ones`;
 
 // ── What is measured, and what it must reach ─────────────────────────────────────────────────────────────────────────
@@ -29,10 +32,33 @@ const FIGURES = {
   kilobyte: { title: "1 KB, 100 per turn", unit: "/s" },
   binary: { title: "binary attachment, 100 per turn", unit: "/s" },
   rooms: { title: "1,000 rooms in turn, 100 per turn", unit: "/s" },
+  rooms20000: { title: "20,000 rooms in turn, 100 per turn", unit: "/s" },
+  rooms8: { title: "8 servers, 1,000 rooms spread over them, 100 per turn", unit: "/s" },
+  pair: { title: "to(a).to(b), 10,000 rooms bound, 100 per turn", unit: "/s" },
+  pairs: { title: "to(a).to(b), 10,000 rooms bound, other pairs in turn, 100 per turn", unit: "/s" },
+  pairSingle: { title: "to(a).to(b), 10,000 rooms bound, one emit per turn", unit: "/s" },
+  loop: { title: "200,000 emits in one loop, 1,000 rooms, until the last has arrived", unit: "s" },
+  loopEmit: { title: "200,000 emits in one loop: the loop alone", unit: "s" },
+  loopLost: { title: "200,000 emits in one loop: packets lost", unit: "", absolute: true },
+  loopMemory: {
+    title: "sender's memory a minute after 200,000 emits in one loop, beyond before",
+    unit: "MB",
+    absolute: true,
+  },
   senderCpu: { title: "CPU per packet: sender", unit: "µs" },
   receiverCpu: { title: "CPU per packet: receiver", unit: "µs" },
   bystanderCpu: { title: "CPU per packet: server without the room", unit: "µs" },
   brokerCpu: { title: "CPU per packet: broker", unit: "µs" },
+  roomsSenderCpu: { title: "1,000 rooms in turn, CPU per packet: sender", unit: "µs" },
+  roomsReceiverCpu: { title: "1,000 rooms in turn, CPU per packet: receiver", unit: "µs" },
+  roomsBystanderCpu: { title: "1,000 rooms in turn, CPU per packet: server without the rooms", unit: "µs" },
+  roomsBrokerCpu: { title: "1,000 rooms in turn, CPU per packet: broker", unit: "µs" },
+  quiet: { title: "server without the room: messages per 1,000 packets", unit: "", absolute: true },
+  quietRooms: {
+    title: "server without the rooms, 1,000 in turn: messages per 1,000 packets",
+    unit: "",
+    absolute: true,
+  },
   p50at500: { title: "latency at 500/s: p50", unit: "ms" },
   p99at500: { title: "latency at 500/s: p99", unit: "ms" },
   p50at20000: { title: "latency at 20,000/s: p50", unit: "ms" },
@@ -48,6 +74,9 @@ const FIGURES = {
   joins100Operations: { title: "first joins, 100 rooms: broker operations of each", unit: "", absolute: true },
   joins1000: { title: "first joins, 1,000 rooms", unit: "/s" },
   joins1000Operations: { title: "first joins, 1,000 rooms: broker operations of each", unit: "", absolute: true },
+  joins10000: { title: "first joins, 10,000 rooms", unit: "/s" },
+  joins10000Missed: { title: "first joins, 10,000 rooms: that then missed an emit", unit: "", absolute: true },
+  live: { title: "live again after a cut connection, 10,000 rooms", unit: "s" },
   clientOperations: { title: "broker operations per client that comes and goes", unit: "", absolute: true },
   idle: { title: "idle messages per server and heartbeat, 1,000 namespaces", unit: "", absolute: true },
   rebound: { title: "10,000 rooms bound again after a reconnect", unit: "s" },
@@ -60,6 +89,19 @@ type Measured = Partial<Record<FigureName, number>>;
 const TARGETS: Target<FigureName>[] = [
   { title: "100 emits per turn, against Redis", figure: "bursts", against: "redis", atLeast: 5 },
   { title: "one emit per turn, against Redis", figure: "single", against: "redis", atLeast: 4 },
+  { title: "1,000 rooms in turn, against Redis", figure: "rooms", against: "redis", atLeast: 3 },
+  { title: "1,000 rooms in turn, against sharded Redis", figure: "rooms", against: "sharded", atLeast: 2 },
+  { title: "20,000 rooms in turn, against Redis", figure: "rooms20000", against: "redis", atLeast: 2 },
+  { title: "1,000 rooms over 8 servers, against Redis", figure: "rooms8", against: "redis", atLeast: 3 },
+  { title: "to(a).to(b), against Redis", figure: "pair", against: "redis", atLeast: 1.5 },
+  { title: "to(a).to(b), other pairs in turn, against Redis", figure: "pairs", against: "redis", atLeast: 1.5 },
+  { title: "200,000 emits in one loop, against Redis", figure: "loop", against: "redis", atMost: 0.4 },
+  { title: FIGURES.loopLost.title, figure: "loopLost", atMost: 0 },
+  { title: FIGURES.loopMemory.title, figure: "loopMemory", atMost: 32 },
+  { title: FIGURES.quiet.title, figure: "quiet", atMost: 0 },
+  { title: FIGURES.joins10000.title, figure: "joins10000", atLeast: 50_000 },
+  { title: FIGURES.joins10000Missed.title, figure: "joins10000Missed", atMost: 0 },
+  { title: "deliveries to WebSockets, against Redis", figure: "fanout", against: "redis", atLeast: 1 },
   { title: "receiver CPU per packet, against Redis", figure: "receiverCpu", against: "redis", atMost: 0.15 },
   { title: "sender CPU per packet, against Redis", figure: "senderCpu", against: "redis", atMost: 0.18 },
   { title: "100 emits per turn, against sharded Redis", figure: "bursts", against: "sharded", atLeast: 4 },
@@ -72,6 +114,22 @@ const TARGETS: Target<FigureName>[] = [
   { title: FIGURES.idle.title, figure: "idle", atMost: 1 },
   { title: FIGURES.rebound.title, figure: "rebound", atMost: 3 },
   { title: FIGURES.roomHeap.title, figure: "roomHeap", atMost: 512 },
+  ...(["bursts", "tens", "single", "kilobyte", "binary", "servers2", "servers4", "servers8"] as const).map(
+    (figure) => ({
+      title: `${FIGURES[figure].title}, against the version before`,
+      figure,
+      against: "before" as const,
+      atLeast: 0.95,
+    }),
+  ),
+  ...(["senderCpu", "receiverCpu", "brokerCpu", "p50at500", "p99at500", "p50at20000", "p99at20000"] as const).map(
+    (figure) => ({
+      title: `${FIGURES[figure].title}, against the version before`,
+      figure,
+      against: "before" as const,
+      atMost: 1.05,
+    }),
+  ),
 ];
 
 // ── What was asked for ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -82,7 +140,9 @@ const { values: options } = parseArgs({
     rounds: { type: "string" },
     cases: { type: "string" },
     transports: { type: "string" },
+    before: { type: "string" },
     profile: { type: "string" },
+    markdown: { type: "string" },
     json: { type: "string" },
     svg: { type: "string" },
     help: { type: "boolean", default: false },
@@ -99,11 +159,13 @@ const fewRounds = Math.min(rounds, 3);
 const ALL = Object.keys(TRANSPORTS) as Transport[];
 const NETWORKED = ALL.filter((transport) => transport !== "memory");
 const PEERS = NETWORKED.filter((transport) => transport !== "amqplib");
-const AMQP = new Set<Transport>(["amqp0", "amqplib"]);
+const AMQP = new Set<Transport>(["amqp0", "before", "amqplib"]);
 const REDIS = new Set<Transport>(["redis", "sharded", "streams"]);
 
 const ROOM = "room42";
 const roomNames = (count: number, prefix = "room") => Array.from({ length: count }, (_, i) => `${prefix}${i}`);
+/** A thousandth of the rooms. */
+const thousandth = (rooms: string[]) => rooms.filter((_, i) => i % 1_000 === 0);
 const BODY = { bytes: 100 };
 const LOAD: Load = {
   rooms: [ROOM],
@@ -138,7 +200,100 @@ const CASES: Record<string, Case> = {
   single: throughput("single", { burst: 1 }),
   kilobyte: throughput("kilobyte", { body: { bytes: 1_000 } }),
   binary: throughput("binary", { body: { ...BODY, binary: true } }),
-  rooms: throughput("rooms", { rooms: roomNames(1_000) }),
+  rooms: {
+    transports: ALL,
+    rounds,
+    async run(transport) {
+      const { perSecond, cpu, brokerCpu } = await saturate(transport, { rooms: roomNames(1_000) });
+      const [roomsSenderCpu, roomsReceiverCpu, roomsBystanderCpu] = cpu;
+      if (transport === "memory") return { rooms: perSecond, roomsSenderCpu };
+      return { rooms: perSecond, roomsSenderCpu, roomsReceiverCpu, roomsBystanderCpu, roomsBrokerCpu: brokerCpu };
+    },
+  },
+
+  crowd: {
+    transports: ["amqp0", "before", "redis", "sharded"],
+    rounds: fewRounds,
+    run: (transport) =>
+      apart(transport, { servers: 3 }, async ({ cluster }) => {
+        const [sender, receiver, other] = cluster.workers as [Worker, Worker, Worker];
+        const slots = [1];
+        const rooms = roomNames(20_000);
+        await Promise.all([receiver.call("join", [ROOM, ...rooms.slice(0, 10_000)]), other.call("join", [])]);
+        await warmUp(sender, slots);
+        const pairs = rooms.slice(0, 10_000).map((room, i) => [room, rooms[(i + 5_000) % 10_000] ?? ""]);
+        const pair = await load(cluster, { slots, rooms: pairs.slice(0, 1) });
+        const inTurn = await load(cluster, { slots, rooms: pairs });
+        const single = await load(cluster, { slots, rooms: pairs.slice(0, 1), burst: 1, window: 1_000 });
+        await receiver.call("join", rooms);
+        await sender.call("probe", rooms.at(-1) ?? "", slots);
+        const { perSecond: rooms20000 } = await load(cluster, { slots, rooms });
+        return { pair: pair.perSecond, pairs: inTurn.perSecond, pairSingle: single.perSecond, rooms20000 };
+      }),
+  },
+
+  spread: {
+    transports: ["amqp0", "before", "redis", "sharded"],
+    rounds: fewRounds,
+    async run(transport) {
+      const rooms = roomNames(1_000);
+      await using cluster = await Cluster.open(8, place(transport));
+      const share = (server: number) => rooms.filter((_, i) => i % 8 === server);
+      await Promise.all(
+        cluster.workers.map((server, i) => server.call("join", i === 1 ? [ROOM, ...share(i)] : share(i))),
+      );
+      await warmUp(first(cluster), [1]);
+      const { perSecond } = await load(cluster, { rooms, slots: cluster.workers.map((_, i) => i) });
+      return { rooms8: perSecond };
+    },
+  },
+
+  loop: {
+    transports: ["amqp0", "before", "redis", "sharded", "amqplib"],
+    rounds: fewRounds,
+    async run(transport) {
+      const cluster = await trio(transport);
+      const loop = { ...LOAD, rooms: roomNames(1_000), slots: receivers(transport) };
+      const { emitted, ms, lost } = await first(cluster).call("loop", loop, 200_000);
+      // Had it lost fewer, it would have taken longer.
+      return { loop: lost > 0 ? NaN : ms / 1000, loopEmit: emitted / 1000, loopLost: lost };
+    },
+  },
+
+  memory: {
+    transports: ["amqp0", "before", "redis", "sharded"],
+    rounds: 1,
+    async run(transport) {
+      const rooms = roomNames(1_000);
+      await using cluster = await Cluster.open(2, place(transport));
+      const [sender, receiver] = cluster.workers as [Worker, Worker];
+      await receiver.call("join", rooms);
+      await sender.call("probe", "room1", [1]);
+      const before = await sender.call("memory");
+      await sender.call("loop", { ...LOAD, rooms, slots: [1] }, 200_000);
+      await Bun.sleep(60_000);
+      return { loopMemory: ((await sender.call("memory")) - before) / 1e6 };
+    },
+  },
+
+  quiet: {
+    transports: ["amqp0", "before", "redis", "sharded", "amqplib"],
+    rounds: 1,
+    async run(transport) {
+      const rooms = roomNames(1_000);
+      await using cluster = await Cluster.open(3, place(transport, { counted: true, heartbeatInterval: 60_000 }));
+      const [sender, receiver, quiet] = cluster.workers as [Worker, Worker, Worker];
+      await Promise.all([receiver.call("join", [ROOM, ...rooms]), quiet.call("join", [])]);
+      await sender.call("probe", ROOM, [1]);
+      await Bun.sleep(1_000);
+      const reaching = async (options: Partial<Load>) => {
+        const before = await quiet.call("messages");
+        const { packets } = await sender.call("saturate", { ...LOAD, slots: [1], ...options });
+        return (((await quiet.call("messages")) - before) / packets) * 1_000;
+      };
+      return { quiet: await reaching({}), quietRooms: await reaching({ rooms }) };
+    },
+  },
 
   latency500: {
     transports: NETWORKED,
@@ -158,7 +313,7 @@ const CASES: Record<string, Case> = {
   },
 
   servers: {
-    transports: ["amqp0", "redis", "sharded"],
+    transports: ["amqp0", "before", "redis", "sharded"],
     rounds: fewRounds,
     async run(transport) {
       await using cluster = await Cluster.open(2, place(transport));
@@ -193,10 +348,10 @@ const CASES: Record<string, Case> = {
   },
 
   joins: {
-    transports: ["amqp0", "sharded", "amqplib"],
+    transports: ["amqp0", "before", "sharded", "amqplib"],
     rounds: fewRounds,
     run: (transport) =>
-      apart(transport, async (server, { operations }) => {
+      apart(transport, { servers: 2 }, async ({ cluster, server, operations }) => {
         const measured: Measured = {};
         for (const count of [100, 1_000] as const) {
           const before = await operations();
@@ -204,6 +359,9 @@ const CASES: Record<string, Case> = {
           measured[`joins${count}`] = (count / ms) * 1000;
           if (transport !== "amqplib") measured[`joins${count}Operations`] = ((await operations()) - before) / count;
         }
+        const rooms = roomNames(10_000);
+        measured.joins10000 = (rooms.length / (await server.call("join", rooms))) * 1000;
+        measured.joins10000Missed = await cluster.workers[1]?.call("emitEach", rooms, [0]);
         return measured;
       }),
   },
@@ -212,7 +370,7 @@ const CASES: Record<string, Case> = {
     transports: PEERS,
     rounds: 1,
     run: (transport) =>
-      apart(transport, async (server, { operations }) => {
+      apart(transport, {}, async ({ server, operations }) => {
         const clients = 500;
         const before = await operations();
         await server.call("connectAndDisconnect", clients);
@@ -238,15 +396,42 @@ const CASES: Record<string, Case> = {
   },
 
   rebind: {
-    transports: ["amqp0"],
+    transports: ["amqp0", "before"],
     rounds: fewRounds,
     run: (transport) =>
-      apart(transport, async (server, { cut }) => {
+      apart(transport, {}, async ({ server, cut }) => {
         const rooms = roomNames(10_000);
         await server.call("join", rooms);
+        while ((await server.call("bound")) < rooms.length) await Bun.sleep(20);
         const rebound = server.call("rebound", rooms.length);
         await cut();
         return { rebound: (await rebound) / 1000 };
+      }),
+  },
+
+  live: {
+    transports: ["amqp0", "before", "redis", "sharded"],
+    rounds: fewRounds,
+    run: (transport) =>
+      apart(transport, {}, async ({ cluster, server: sender, url }) => {
+        const proxy = await Proxy.open(Number(new URL(url).port));
+        try {
+          const proxied = Object.assign(new URL(url), { port: proxy.port }).href;
+          const receiver = await cluster.add({ amqp: proxied, redis: proxied });
+          const rooms = roomNames(10_000);
+          await receiver.call("join", rooms);
+          await sender.call("probe", rooms.at(-1) ?? "", [1]);
+          await Bun.sleep(5_000); // in which what is bound behind the join is bound
+          await sender.call("emitNames", thousandth(rooms));
+          await Bun.sleep(1_000);
+          const outage = 20;
+          proxy.cut();
+          await Bun.sleep(outage);
+          proxy.heal();
+          return { live: (outage + (await receiver.call("heard", thousandth(rooms), 30_000))) / 1000 };
+        } finally {
+          proxy.close();
+        }
       }),
   },
 
@@ -257,10 +442,10 @@ const CASES: Record<string, Case> = {
   },
 
   queue: {
-    transports: ["amqp0", "redis", "sharded"],
+    transports: ["amqp0", "before", "redis", "sharded"],
     rounds: fewRounds,
     run: (transport) =>
-      apart(transport, async (server, { kill }) => {
+      apart(transport, {}, async ({ server, kill }) => {
         await server.call("emit", ROOM, BODY, 10_000);
         await Bun.sleep(500);
         await kill();
@@ -345,7 +530,7 @@ let inMemory: Promise<number> | undefined;
 
 /** In bytes. */
 function roomHeap(transport: Transport): Promise<number> {
-  return apart(transport, async (server) => {
+  return apart(transport, {}, async ({ server }) => {
     const rooms = 10_000;
     await server.call("join", roomNames(1_000, "warm up "));
     const before = await server.call("heap");
@@ -354,8 +539,13 @@ function roomHeap(transport: Transport): Promise<number> {
   });
 }
 
-/** A broker that only one server uses. */
-interface OwnBroker {
+/** A cluster with a broker that nobody else uses. */
+interface Apart {
+  cluster: Cluster;
+  /** The first of the cluster. */
+  server: Worker;
+  /** Where the broker is. */
+  url: string;
   operations(): Promise<number>;
   /** Drops all connections. */
   cut(): Promise<unknown>;
@@ -363,19 +553,28 @@ interface OwnBroker {
 }
 
 /** It need not clear up: to remove thousands of bindings takes a broker so long that the cases after it would suffer. */
-async function apart<T>(transport: Transport, run: (server: Worker, broker: OwnBroker) => Promise<T>): Promise<T> {
+async function apart<T>(
+  transport: Transport,
+  { servers = 1 }: { servers?: number },
+  run: (apart: Apart) => Promise<T>,
+): Promise<T> {
   const options = { counted: true, heartbeatInterval: 60_000 };
   if (REDIS.has(transport)) {
     const redis = await startRedis();
     if (!redis) throw new Error("no redis-server here");
-    const { operations, close } = redis;
-    await using cluster = await Cluster.open(1, place(transport, { ...options, redis: redis.url }));
-    return await run(first(cluster), { operations, cut: close, kill: close }).finally(close);
+    const { url, operations, close } = redis;
+    await using cluster = await Cluster.open(servers, place(transport, { ...options, redis: url }));
+    const server = first(cluster);
+    return await run({ cluster, server, url, operations, cut: close, kill: close }).finally(close);
   }
   const broker = await startBroker({ name: "apart" });
   try {
-    await using cluster = await Cluster.open(1, place(transport, { ...options, amqp: broker.url }));
-    return await run(first(cluster), {
+    const { url } = broker;
+    await using cluster = await Cluster.open(servers, place(transport, { ...options, amqp: url }));
+    return await run({
+      cluster,
+      server: first(cluster),
+      url,
       operations: () => cluster.operations(),
       cut: () => broker.ctl("close_all_connections", "bench"),
       kill: broker.kill,
@@ -387,7 +586,7 @@ async function apart<T>(transport: Transport, run: (server: Worker, broker: OwnB
 
 function place(transport: Transport, options: Partial<Place> = {}): Omit<Place, "prefix"> {
   const brokers = { amqp: broker.url, redis: redis?.url ?? "" };
-  return { transport, ...brokers, heartbeatInterval: 5_000, counted: false, profile, ...options };
+  return { transport, ...brokers, heartbeatInterval: 5_000, counted: false, before, profile, ...options };
 }
 
 function first({ workers: [worker] }: Cluster): Worker {
@@ -406,6 +605,7 @@ function named<K extends string>(list: string | undefined, record: Record<K, unk
 }
 
 const profile = options.profile && resolve(options.profile);
+const before = options.before && resolve(options.before);
 const cases = named(options.cases, CASES);
 const wanted = named(options.transports, TRANSPORTS);
 for (const signal of ["SIGINT", "SIGTERM"]) process.once(signal, () => process.exit(1));
@@ -413,7 +613,8 @@ const broker = await startBroker({ name: "bench" });
 const redis = await startRedis();
 if (!redis) console.error("No redis-server here: its columns are left out.");
 const amqpPid = Number(/\d+/.exec(await broker.ctl("eval", "os:getpid()."))?.[0]);
-const transports = wanted.filter((transport) => redis || !REDIS.has(transport));
+const there = (transport: Transport) => (transport === "before" ? before : redis || !REDIS.has(transport));
+const transports = wanted.filter(there);
 
 const samples = new Map<FigureName, Map<Transport, number[]>>();
 for (let round = 1; round <= rounds; round++)
@@ -425,7 +626,9 @@ for (let round = 1; round <= rounds; round++)
       const measured = await run(transport).catch((error: Error) => console.error(`  failed: ${error.message}`));
       for (const [figure, value] of Object.entries(measured ?? {}) as [FigureName, number][]) {
         const row = samples.get(figure) ?? new Map<Transport, number[]>();
-        samples.set(figure, row.set(transport, [...(row.get(transport) ?? []), value]));
+        const rounds = row.get(transport) ?? [];
+        while (rounds.length < round - 1) rounds.push(NaN); // it failed in those
+        samples.set(figure, row.set(transport, [...rounds, value]));
       }
     }
 for (const cluster of trios.values()) await (await cluster)[Symbol.asyncDispose]();
@@ -437,5 +640,6 @@ const all = !options.cases && !options.transports;
 const targets = judge(TARGETS, results).filter(({ verdict }) => all || verdict !== "not measured");
 const note = `${cpus().length} cores, Bun ${Bun.version}, ${BODY.bytes} bytes unless said, medians of up to ${rounds} rounds`;
 console.log([table(results, transports), `${note}.`, "", targets.length ? targetTable(targets) : ""].join("\n"));
+if (options.markdown) await Bun.write(options.markdown, page(note, results, transports, targets));
 if (options.json) await Bun.write(options.json, `${JSON.stringify({ note, results, targets }, null, 2)}\n`);
 if (options.svg) await Bun.write(options.svg, chart(results, note));

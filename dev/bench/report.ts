@@ -21,6 +21,7 @@ export interface Target<Name extends string> {
 export interface Result {
   title: string;
   unit: string;
+  /** A sample per round; NaN where it failed. */
   values: Partial<Record<Transport, { median: number; ratio: number | undefined; samples: number[] }>>;
 }
 export type Results = Record<string, Result>;
@@ -32,7 +33,7 @@ export interface Verdict {
   verdict: "reached" | "missed" | "not measured";
 }
 
-/** Medians, and their ratios to the baseline's. */
+/** Medians, and the medians of the rounds' ratios to the baseline. */
 export function summarise(
   figures: Record<string, Figure>,
   samples: Map<string, Map<Transport, number[]>>,
@@ -42,10 +43,10 @@ export function summarise(
   for (const [name, figure] of Object.entries(figures)) {
     const row = samples.get(name);
     if (!row) continue;
-    const base = row.has(baseline) && !figure.absolute ? median(row.get(baseline) ?? []) : 0;
+    const base = (!figure.absolute && row.get(baseline)) || [];
     const values: Result["values"] = {};
     for (const [transport, samples] of row)
-      values[transport] = { median: median(samples), ratio: base > 0 ? median(samples) / base : undefined, samples };
+      values[transport] = { median: median(samples), ratio: pairwise(samples, base), samples };
     results[name] = { ...figure, values };
   }
   return results;
@@ -53,11 +54,11 @@ export function summarise(
 
 export function judge<Name extends string>(targets: Target<Name>[], results: Results): Verdict[] {
   return targets.map(({ title, figure, against, atLeast, atMost }) => {
-    const own = results[figure]?.values.amqp0?.median;
+    const own = results[figure]?.values.amqp0;
     const other =
       against &&
-      (results[against] ?? results[figure])?.values[against in TRANSPORTS ? (against as Transport) : "amqp0"]?.median;
-    const value = own !== undefined && against ? own / (other ?? NaN) : own;
+      (results[against] ?? results[figure])?.values[against in TRANSPORTS ? (against as Transport) : "amqp0"];
+    const value = own && against ? pairwise(own.samples, other?.samples ?? []) : own?.median;
     const unit = against ? "×" : (results[figure]?.unit ?? "");
     const target = atLeast === undefined ? `at most ${format(atMost, unit)}` : `at least ${format(atLeast, unit)}`;
     if (value === undefined || Number.isNaN(value)) return { title, target, measured: "–", verdict: "not measured" };
@@ -105,10 +106,42 @@ function format(value: number | undefined, unit: string): string {
   return `${digits.format(value)}${unit.startsWith("/") ? "" : " "}${unit}`.trim();
 }
 
+/** What one round measures beside the other on a busy machine says more than the medians of all rounds. */
+function pairwise(samples: number[], base: number[]): number | undefined {
+  const ratios = samples.map((sample, round) => sample / (base[round] ?? NaN)).filter(Number.isFinite);
+  return ratios.length > 0 ? median(ratios) : undefined;
+}
+
 function median(values: number[]): number {
-  const sorted = values.toSorted((a, b) => a - b);
+  const sorted = values.filter((value) => !Number.isNaN(value)).sort((a, b) => a - b);
   const middle = sorted.length >> 1;
   return sorted.length % 2 ? (sorted[middle] ?? NaN) : ((sorted[middle - 1] ?? NaN) + (sorted[middle] ?? NaN)) / 2;
+}
+
+/** A page that holds every figure, whatever it says. */
+export function page(note: string, results: Results, transports: Transport[], verdicts: Verdict[]): string {
+  const samples = Object.values(results).flatMap(({ title, unit, values }) =>
+    transports.flatMap((transport) => {
+      const each = values[transport]?.samples.map((sample) => (Number.isNaN(sample) ? "failed" : format(sample, unit)));
+      return each ? [[title, TRANSPORTS[transport], each.join(" · ")]] : [];
+    }),
+  );
+  return `# Benchmark
+
+${note}. Written by \`bun run bench --markdown dev/benchmark.md\`.
+
+All rounds run in turn over all transports. The machine is shared and noisy: the ratio, the median of the rounds' own, says more
+than the figure beside it. A dash: not measured there, or it failed.
+
+## Figures
+
+${table(results, transports)}
+## Targets
+
+${targetTable(verdicts)}
+## Every round
+
+${markdown([["figure", "of", "rounds"], ...samples])}`;
 }
 
 // ── The picture ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -116,27 +149,34 @@ function median(values: number[]): number {
 const PANELS = [
   { figure: "bursts", title: "Packets per second, 100 emits per turn" },
   { figure: "single", title: "Packets per second, one emit per turn" },
+  { figure: "rooms", title: "Packets per second, 1,000 rooms in turn" },
+  { figure: "loop", title: "200,000 emits in one loop until the last is there (less is better)" },
   { figure: "receiverCpu", title: "Receiver CPU per packet (less is better)" },
   { figure: "p50at500", title: "Median latency at 500 packets/s (less is better)" },
 ];
-const BARS: Transport[] = ["amqp0", "redis", "sharded", "streams", "amqplib"];
+const BARS: Transport[] = ["amqp0", "before", "redis", "sharded", "streams", "amqplib"];
 const STYLE = `
   text { font: 13px system-ui, sans-serif; fill: #1f2328 }
   .title { font-weight: 600; font-size: 14px }
   .note { fill: #59636e; font-size: 12px }
-  rect { fill: #afb8c1 }
+  rect { fill: #8c959f }
+  .page { fill: #ffffff; stroke: #d1d9e0 }
   .own rect { fill: #ff6600 }
   .own text { font-weight: 600 }
   @media (prefers-color-scheme: dark) {
     text { fill: #f0f6fc }
     .note { fill: #9198a1 }
-    rect { fill: #57606a }
+    rect { fill: #6e7681 }
+    .page { fill: #0d1117; stroke: #3d444d }
   }`;
 
-/** Horizontal bars, a panel per figure, legible on a light and on a dark page. */
+/**
+ * Horizontal bars, a panel per figure. An image follows the system's colour scheme, not the page's, so it brings a background
+ * of its own and is legible on a light and on a dark page.
+ */
 export function chart(results: Results, note: string): string {
   const [width, label, bar, row, gap] = [840, 260, 430, 24, 34];
-  let y = 8;
+  let y = 10;
   const panels = PANELS.flatMap(({ figure, title }) => {
     const result = results[figure];
     if (!result) return [];
@@ -162,6 +202,7 @@ export function chart(results: Results, note: string): string {
   <title>Benchmark of Socket.IO adapters</title>
   <style>${STYLE}
   </style>
+  <rect class="page" x="0.5" y="0.5" width="${width - 1}" height="${y + 13}" rx="6"/>
   ${panels.join("\n  ")}
   <text class="note" x="${label}" y="${y + 2}">${note}</text>
 </svg>

@@ -1,4 +1,4 @@
-/** What is compared: this adapter, its peers, the client library alone (the floor), and no broker at all (the ceiling). */
+/** What is compared: this adapter, another version of it, its peers, the client library alone (the floor), and no broker at all (the ceiling). */
 import { EventEmitter } from "node:events";
 import { createServer } from "node:http";
 import { connect, type Channel, type ChannelModel, type ConfirmChannel } from "amqplib";
@@ -6,6 +6,7 @@ import { Server, type ServerOptions, type Socket } from "socket.io";
 
 export const TRANSPORTS = {
   amqp0: "socket.io-amqp0",
+  before: "the version before",
   redis: "@socket.io/redis-adapter",
   sharded: "the same, sharded",
   streams: "@socket.io/redis-streams-adapter",
@@ -25,14 +26,18 @@ export interface Place {
   heartbeatInterval: number;
   /** Whether operations are counted. */
   counted: boolean;
+  /** The `index.ts` that `before` stands for. */
+  before?: string | undefined;
   /** A folder for CPU profiles. */
   profile?: string | undefined;
 }
 
 /** What is told to whoever opened a member. */
 export interface Observer {
-  /** A client got a packet. */
-  packet(): void;
+  /** A client got a packet; `text` holds its payload, unless that is binary. */
+  packet(text: string): void;
+  /** A message came from the broker, for whichever room; only if `counted`. */
+  message(): void;
   /** Something was asked of the AMQP broker; only if `counted`. */
   operation(): void;
 }
@@ -45,14 +50,15 @@ export interface Member {
   ready(): Promise<unknown>;
   /** Connects one client, in all these rooms. Gives how long the joins took, in ms. */
   join(rooms: string[]): Promise<number>;
-  emit(room: string, payload: Payload): void;
+  /** To one room, or to whoever is in one of several. */
+  emit(rooms: string | string[], payload: Payload): void;
 }
 
-export async function openMember(place: Place, { packet, operation }: Observer): Promise<Member> {
+export async function openMember(place: Place, observer: Observer): Promise<Member> {
   const member =
     place.transport === "amqplib"
-      ? await BareClient.open(place, packet)
-      : new SocketServer(await ADAPTERS[place.transport](place, operation), packet);
+      ? await BareClient.open(place, observer)
+      : new SocketServer(await ADAPTERS[place.transport](place, observer), observer.packet);
   await member.ready();
   return member;
 }
@@ -63,17 +69,25 @@ interface Opened {
   adapter?: ServerOptions["adapter"];
   /** Resolves once the subscriptions made so far are in place, where the adapter itself does not wait for them. */
   settled?: () => Promise<unknown>;
-  bound?: (io: Server) => number;
+  /** The adapter's counters, where it has any. */
+  stats?: (io: Server) => Stats;
+}
+
+/** What versions of this adapter count; newer ones have `dropped` of their own. */
+interface Stats {
+  rooms: number;
+  lost: number;
+  dropped?: number;
 }
 
 export class SocketServer implements Member {
   readonly http = createServer();
   readonly io: Server;
   readonly #opened: Opened;
-  readonly #received: () => void;
+  readonly #received: Observer["packet"];
   readonly #connections: Connection[] = [];
 
-  constructor(opened: Opened, received: () => void) {
+  constructor(opened: Opened, received: Observer["packet"]) {
     this.io = new Server(this.http, opened.adapter ? { adapter: opened.adapter } : {});
     this.#opened = opened;
     this.#received = received;
@@ -109,13 +123,19 @@ export class SocketServer implements Member {
     for (const connection of this.#connections.splice(0)) connection.emit("close", "transport close");
   }
 
-  emit(room: string, payload: Payload): void {
-    this.io.to(room).emit("event", payload);
+  emit(rooms: string | string[], payload: Payload): void {
+    this.io.to(rooms).emit("event", payload);
   }
 
   /** How many rooms are bound on the broker now. */
   get bound(): number {
-    return this.#opened.bound?.(this.io) ?? 0;
+    return this.#opened.stats?.(this.io).rooms ?? 0;
+  }
+
+  /** How many packets of its own the server has given up. */
+  get dropped(): number {
+    const { dropped, lost = 0 } = this.#opened.stats?.(this.io) ?? {};
+    return dropped ?? lost;
   }
 }
 
@@ -127,13 +147,13 @@ class Connection extends EventEmitter {
   readonly transport = { writable: true };
   readyState = "open";
 
-  constructor(readonly received: () => void) {
+  constructor(readonly received: Observer["packet"]) {
     super();
   }
 
   /** A packet is a string, followed by its binary attachments. */
   write(part: unknown): void {
-    if (typeof part === "string") this.received();
+    if (typeof part === "string") this.received(part);
   }
 
   close(): void {
@@ -141,33 +161,26 @@ class Connection extends EventEmitter {
   }
 }
 
-const ADAPTERS: Record<Exclude<Transport, "amqplib">, (place: Place, operation: () => void) => Promise<Opened>> = {
-  async amqp0({ amqp, prefix, heartbeatInterval, counted }, operation) {
-    const { AmqpAdapter, createAdapter } = await import("../../index.ts");
-    const amqpConnection = async () => {
-      const connection = await connect(amqp);
-      if (counted) observe(connection, operation);
-      return connection;
-    };
-    const options = { amqpConnection, prefix, heartbeatInterval, heartbeatTimeout: heartbeatInterval * 2 };
-    return {
-      adapter: createAdapter(options),
-      bound(io) {
-        const adapter: unknown = io.of("/").adapter;
-        return adapter instanceof AmqpAdapter ? adapter.stats.rooms : 0;
-      },
-    };
+const ADAPTERS: Record<Exclude<Transport, "amqplib">, (place: Place, observer: Observer) => Promise<Opened>> = {
+  async amqp0(place, observer) {
+    return overAmqp(await import("../../index.ts"), place, observer);
   },
 
-  async redis({ redis, prefix }) {
+  async before(place, observer) {
+    return overAmqp((await import(place.before ?? "")) as OwnAdapter, place, observer);
+  },
+
+  async redis({ redis, prefix, counted }, observer) {
     const { createAdapter } = await load<RedisAdapter>("@socket.io/redis-adapter@8");
     const [publishing, subscribing] = await redisClients(redis);
+    if (counted) observeRedis(subscribing, observer);
     return { adapter: createAdapter(publishing, subscribing, { key: prefix }), settled: () => subscribing.ping() };
   },
 
-  async sharded({ redis, prefix }) {
+  async sharded({ redis, prefix, counted }, observer) {
     const { createShardedAdapter } = await load<RedisAdapter>("@socket.io/redis-adapter@8");
     const [publishing, subscribing] = await redisClients(redis);
+    if (counted) observeRedis(subscribing, observer);
     return {
       adapter: createShardedAdapter(publishing, subscribing, { channelPrefix: prefix }),
       settled: () => subscribing.ping(),
@@ -184,6 +197,23 @@ const ADAPTERS: Record<Exclude<Transport, "amqplib">, (place: Place, operation: 
 
   memory: () => Promise.resolve({}),
 };
+
+type OwnAdapter = Pick<typeof import("../../index.ts"), "createAdapter">;
+
+function overAmqp({ createAdapter }: OwnAdapter, place: Place, observer: Observer): Opened {
+  const { prefix, heartbeatInterval } = place;
+  const amqpConnection = () => connectAmqp(place, observer);
+  return {
+    adapter: createAdapter({ amqpConnection, prefix, heartbeatInterval, heartbeatTimeout: heartbeatInterval * 2 }),
+    stats: (io) => (io.of("/").adapter as unknown as { stats: Stats }).stats,
+  };
+}
+
+async function connectAmqp({ amqp, counted }: Place, observer: Observer): Promise<ChannelModel> {
+  const connection = await connect(amqp);
+  if (counted) observe(connection, observer);
+  return connection;
+}
 
 interface RedisClient {
   on(event: "error", listener: (error: Error) => void): unknown;
@@ -209,19 +239,33 @@ function load<T>(specifier: string): Promise<T> {
   return import(specifier) as Promise<T>;
 }
 
+/** Tells of every message that the client's subscriptions get. */
+function observeRedis(client: RedisClient, { message }: Observer): void {
+  for (const name of ["subscribe", "pSubscribe", "sSubscribe"]) {
+    const subscribe = Reflect.get(client, name) as (...args: unknown[]) => unknown;
+    Object.assign(client, {
+      [name]: (channels: unknown, listener: (...args: unknown[]) => void, ...rest: unknown[]) =>
+        subscribe.call(client, channels, (...args: unknown[]) => (message(), listener(...args)), ...rest),
+    });
+  }
+}
+
 const OPERATIONS = [
   ...(["assertExchange", "assertQueue", "bindExchange", "bindQueue", "unbindExchange", "unbindQueue"] as const),
   ...(["deleteExchange", "deleteQueue", "consume", "cancel", "publish", "sendToQueue"] as const),
 ];
 
-/** Tells of everything that is asked on the connection's channels. */
-function observe(connection: ChannelModel, operation: () => void): void {
+/** Tells of everything that is asked on the connection's channels, and of every message that they get. */
+function observe(connection: ChannelModel, { operation, message }: Observer): void {
   const observed = <C extends Channel>(channel: C): C => {
     for (const name of OPERATIONS) {
       const ask = channel[name] as (...args: unknown[]) => unknown;
       const tell = (...args: unknown[]) => (operation(), ask.apply(channel, args));
       Object.assign(channel, { [name]: tell });
     }
+    const { consume } = channel;
+    channel.consume = (queue, listener, options) =>
+      consume.call(channel, queue, (delivery) => (message(), listener(delivery)), options);
     return channel;
   };
   const { createChannel, createConfirmChannel } = connection;
@@ -241,13 +285,16 @@ class BareClient implements Member {
     readonly topology: Channel[],
   ) {}
 
-  static async open({ amqp, prefix }: Place, received: () => void): Promise<BareClient> {
-    const exchange = `${prefix}#/`;
-    const [publishing, consuming] = await Promise.all([connect(amqp), connect(amqp)]);
+  static async open(place: Place, { packet, ...observer }: Observer): Promise<BareClient> {
+    const { prefix: exchange } = place;
+    const connection = () => connectAmqp(place, { packet, ...observer });
+    const [publishing, consuming] = await Promise.all([connection(), connection()]);
     const channel = await consuming.createChannel();
-    await channel.assertExchange(exchange, "direct", { durable: false });
+    await channel.assertExchange(exchange, "fanout", { durable: true });
+    await channel.assertExchange(`${exchange}#keys`, "direct", { durable: true });
+    await channel.bindExchange(`${exchange}#keys`, exchange, "");
     const { queue } = await channel.assertQueue("", { exclusive: true });
-    await channel.consume(queue, received, { noAck: true });
+    await channel.consume(queue, () => packet(""), { noAck: true });
     const topology = await Promise.all(Array.from({ length: 8 }, () => consuming.createChannel()));
     return new BareClient(exchange, queue, await publishing.createConfirmChannel(), topology);
   }
@@ -259,21 +306,16 @@ class BareClient implements Member {
   async join(rooms: string[]): Promise<number> {
     const start = performance.now();
     const join = async (channel: Channel, i: number) => {
-      for (const room of rooms.filter((_, r) => r % this.topology.length === i)) {
-        const exchange = `${this.exchange}#${room}`;
-        await Promise.all([
-          channel.assertExchange(exchange, "fanout", { durable: false, autoDelete: true }),
-          channel.bindQueue(this.queue, exchange, ""),
-          channel.bindExchange(exchange, this.exchange, `#${room}`),
-        ]);
-      }
+      for (const room of rooms.filter((_, r) => r % this.topology.length === i))
+        await channel.bindQueue(this.queue, `${this.exchange}#keys`, `/#${room}`);
     };
     await Promise.all(this.topology.map(join));
     return performance.now() - start;
   }
 
-  emit(room: string, payload: Payload): void {
+  emit(rooms: string | string[], payload: Payload): void {
     const body = typeof payload === "string" ? Buffer.from(payload) : payload;
-    this.publishing.publish(this.exchange, `#${room}`, body, {}, () => {});
+    const [key = "", ...more] = [rooms].flat().map((room) => `/#${room}`);
+    this.publishing.publish(this.exchange, key, body, more.length ? { CC: more } : {}, () => {});
   }
 }

@@ -9,7 +9,8 @@ export interface Body {
 }
 
 export interface Load {
-  rooms: string[];
+  /** What is emitted to in turn: a room, or several at once. */
+  rooms: (string | string[])[];
   body: Body;
   /** Packets per turn of the event loop. */
   burst: number;
@@ -42,10 +43,16 @@ let received = 0;
 /** The count at which the times of packets are written down from; Infinity while they are not. */
 let recording = Infinity;
 let operations = 0;
+let messages = 0;
+let emitting: Timer | undefined;
+/** Rooms of which no packet has come since the connection was cut. */
+const silent = new Set<string>();
 
 const member = await openMember(place, {
   operation: () => operations++,
-  packet() {
+  message: () => messages++,
+  packet(text) {
+    if (silent.size > 0) silent.delete(/"([^"]*)"\]$/.exec(text)?.[1] ?? "");
     if (received >= recording) receivedAt[received - recording] = now();
     counters[slot] = ++received;
   },
@@ -60,13 +67,20 @@ const payloadOf = ({ bytes, binary }: Body): Payload => (binary ? Buffer.alloc(b
 const total = (slots: number[]): number => slots.reduce((sum, slot) => sum + (counters[slot] ?? 0), 0);
 
 async function drained(slots: number[], count: number): Promise<void> {
-  for (let idle = 0, last = 0; last < count;) {
+  const missing = await missed(slots, count, 10_000);
+  if (missing > 0) throw new Error(`${missing} packets did not arrive`);
+}
+
+/** Waits until so many packets have come, or none for so many ms. Gives how many are missing. */
+async function missed(slots: number[], count: number, patience: number): Promise<number> {
+  for (let last = total(slots), since = now(); last < count;) {
     await Bun.sleep(1);
     const current = total(slots);
-    idle = current === last ? idle + 1 : 0;
+    if (current !== last) since = now();
     last = current;
-    if (idle > 10_000) throw new Error(`${count - current} packets did not arrive`);
+    if (now() - since > patience) return count - current;
   }
+  return 0;
 }
 
 const commands = {
@@ -105,6 +119,45 @@ const commands = {
     return { packets: sent, ms: now() - start };
   },
 
+  /**
+   * Emits so many packets without a pause, whatever becomes of them: how long the loop took and, from its start, until the last
+   * one was received, in ms, and how many did not come.
+   */
+  async loop({ rooms, body, slots }: Load, count: number): Promise<{ emitted: number; ms: number; lost: number }> {
+    const payload = payloadOf(body);
+    const base = total(slots);
+    const patience = 3_000;
+    const start = now();
+    for (let i = 0; i < count; i++) member.emit(rooms[i % rooms.length] ?? "", payload);
+    const emitted = now() - start;
+    const lost = await missed(slots, base + count, patience);
+    return { emitted, ms: now() - start - (lost > 0 ? patience : 0), lost };
+  },
+
+  /** Emits one packet to each room. Gives how many did not come. */
+  async emitEach(rooms: string[], slots: number[]): Promise<number> {
+    const base = total(slots);
+    for (const room of rooms) member.emit(room, room);
+    return missed(slots, base + rooms.length, 2_000);
+  },
+
+  /** Emits each room's name to it, one every ms, until there are none. */
+  emitNames(rooms: string[]): void {
+    clearInterval(emitting);
+    let i = 0;
+    const emit = (room = "") => member.emit(room, room);
+    if (rooms.length > 0) emitting = setInterval(() => emit(rooms[i++ % rooms.length]), 1);
+  },
+
+  /** For how many ms from now on a packet of one of these rooms is still to come. */
+  async heard(rooms: string[], patience: number): Promise<number> {
+    for (const room of rooms) silent.add(room);
+    const start = now();
+    while (silent.size > 0 && now() - start < patience) await Bun.sleep(1);
+    if (silent.size > 0) throw new Error(`nothing came of ${silent.size} of ${rooms.length} rooms`);
+    return now() - start;
+  },
+
   /** Emits at a steady pace and writes down when. */
   async pace({ room, body, rate, count, slots }: Pace): Promise<void> {
     const payload = payloadOf(body);
@@ -131,6 +184,9 @@ const commands = {
 
   operations: (): number => operations,
 
+  /** How many messages have come from the broker. */
+  messages: (): number => messages,
+
   /** In µs. */
   cpu(): number {
     const { user, system } = process.cpuUsage();
@@ -143,6 +199,16 @@ const commands = {
     Bun.gc(true);
     return process.memoryUsage().heapUsed;
   },
+
+  /** In bytes: what the process holds of the machine's memory, after a collection. */
+  memory(): number {
+    Bun.gc(true);
+    Bun.gc(true);
+    return process.memoryUsage.rss();
+  },
+
+  /** How many rooms are bound on the broker. */
+  bound: (): number => socketServer().bound,
 
   /** Waits for the loss of the connection, and gives the ms from there until so many rooms are bound again. */
   async rebound(rooms: number): Promise<number> {
