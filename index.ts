@@ -2109,7 +2109,7 @@ class PeerStream<Frame extends Numbered> {
     const { number } = frame;
     if (number === 0) {
       if (!this.catchUp) this.#events.deliver(frame);
-    } else if (this.#window.has(number)) this.#events.duplicate();
+    } else if (number <= (this.cursor ?? 0) || this.#window.has(number)) this.#events.duplicate();
     else if (this.catchUp) this.#hold(this.catchUp, frame, predecessors);
     else if (this.#isMissing(predecessors)) this.#hold(this.startCatchUp(), frame, predecessors);
     else this.#take(frame);
@@ -2134,7 +2134,12 @@ class PeerStream<Frame extends Numbered> {
   begin(from: number, to: number): void {
     const { catchUp } = this;
     if (!catchUp) return;
-    if (this.cursor !== undefined && from > this.cursor + 1) {
+    if (this.cursor === undefined) {
+      // Heard for the first time: what is missing before its first frame may have been published before this server came.
+      const [first] = inOrder(catchUp.held);
+      this.cursor = Math.min(from, first?.frame.number ?? from) - 1;
+    }
+    if (from > this.cursor + 1) {
       // The peer no longer has those before. Some may have come meanwhile.
       let lost = 0;
       for (let number = this.cursor + 1; number < from; number++) {
@@ -2144,7 +2149,7 @@ class PeerStream<Frame extends Numbered> {
       }
       if (lost > 0) this.#events.lost(lost);
     }
-    this.cursor = Math.max(this.cursor ?? 0, from - 1);
+    this.cursor = Math.max(this.cursor, from - 1);
     catchUp.to = to;
     if (this.cursor >= to) this.#finish(catchUp);
   }
@@ -2454,7 +2459,7 @@ class SentLog {
     const start = this.#find(number);
     if (start === undefined) return;
     emptyFrame(this.#ring.subarray(start + RECORD));
-    this.#ring.writeUInt32LE(HEADER, start + 4);
+    this.#ring.writeUInt32LE(EMPTY_FRAME, start + 4);
   }
 
   /** Forgets what was made before a time and is confirmed up to `floor`; gives memory back. */
