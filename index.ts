@@ -386,15 +386,30 @@ class LocalAdapter extends Adapter {
 
   /** @internal Packets of a peer, handed to the local sockets as they are. */
   onPackets({ kind, head }: Section, packets: () => Part[][]): void {
-    let opts: BroadcastOptions = EVERYONE;
-    if (kind === SectionKind.Room) opts = { rooms: new Set([head]) };
-    if (kind === SectionKind.Options) opts = packetsHead(head);
-    if (kind === SectionKind.Room && !this.rooms.has(head)) return;
+    if (kind === SectionKind.Room) {
+      const sockets = this.#inRoom(head);
+      if (sockets.length > 0) this.writeTo(sockets, packets());
+      return;
+    }
+    const opts = kind === SectionKind.Options ? packetsHead(head) : EVERYONE;
     const sockets = this.localSockets(opts);
     if (sockets.length > 0) this.writeTo(sockets, packets(), opts.flags);
   }
 
+  /** What `apply` finds, with nothing made for a room that nobody is in: the most frequent case by far. */
+  #inRoom(room: Room): Socket[] {
+    const sockets: Socket[] = [];
+    const ids = this.rooms.get(room);
+    if (ids)
+      for (const id of ids) {
+        const socket = (this.nsp as unknown as { sockets: Map<string, Socket> }).sockets.get(id);
+        if (socket) sockets.push(socket);
+      }
+    return sockets;
+  }
+
   protected localSockets(opts: BroadcastOptions): Socket[] {
+    if (opts.rooms.size === 1 && !opts.except?.size) for (const room of opts.rooms) return this.#inRoom(room);
     const sockets: Socket[] = [];
     apply.call(this, opts, (socket) => sockets.push(socket));
     return sockets;
@@ -3611,7 +3626,10 @@ class FrameContent {
   constructor(packets: readonly Waiting[], predecessors: readonly number[]) {
     const nsp = packets[0]?.to.nsp ?? "";
     const sections: number[] = [];
-    const lengths: number[] = [];
+    let parts = 0;
+    for (const packet of packets) parts += packet.parts.length;
+    const lengths = new Uint32Array(parts);
+    let at = 0;
     let heads = nsp;
     let text = "";
     let binaryBytes = 0;
@@ -3628,11 +3646,11 @@ class FrameContent {
         const more = i < parts.length ? MORE_PARTS : 0;
         if (typeof part === "string") {
           text += part;
-          lengths.push(part.length + more);
+          lengths[at++] = part.length + more;
         } else {
           this.#binaries.push(part);
           binaryBytes += part.length;
-          lengths.push(part.length + more + BINARY);
+          lengths[at++] = part.length + more + BINARY;
         }
       }
     }
