@@ -33,7 +33,7 @@
 import { createHash, randomBytes } from "node:crypto";
 import type { Socket as TcpSocket } from "node:net";
 import { debuglog } from "node:util";
-import type { Channel, ChannelModel, ConfirmChannel, ConsumeMessage, Options, RecoveringChannelModel } from "amqplib";
+import type { Channel, ChannelModel, ConsumeMessage, Options, RecoveringChannelModel } from "amqplib";
 import { Adapter, type BroadcastFlags, type BroadcastOptions, type Room, type SocketId } from "socket.io-adapter";
 
 /** Set `NODE_DEBUG=socket.io-amqp0` to see what the adapter does. */
@@ -569,8 +569,8 @@ class BoundAdapter extends LocalAdapter {
   readonly #travels: (room: Room) => boolean;
   readonly #receiver: Receiver;
 
-  constructor(nsp: Namespace, { settings, receiver, report }: Node) {
-    super(nsp, report, settings.maxPayload);
+  constructor(nsp: Namespace, { settings, receiver, reports }: Node) {
+    super(nsp, reports.report, settings.maxPayload);
     this.key = namespaceKey(nsp.name);
     this.#receiver = receiver;
     const bound = settings.socketRooms === "bound";
@@ -995,6 +995,66 @@ interface Tenant extends RoomOwner {
 /** Settings that must be the same on all servers, by the names that users know. */
 type Shared = Record<string, unknown>;
 
+/** What the parts of a node share. */
+interface Context {
+  readonly uid: string;
+  readonly settings: Settings;
+  readonly names: Names;
+  readonly reports: Reports;
+  /** The namespaces of this server, by name; an emitter has none. */
+  readonly tenants: ReadonlyMap<string, Tenant>;
+  /** Since when both connections are up (ms, monotonic); undefined while one is not. */
+  readonly upSince: number | undefined;
+  /** Sends a control message to one queue or to all; resolves with whether the broker took it. */
+  tell(key: string, control: Control): Promise<boolean>;
+  /** A connection is up or lost. */
+  changed(event: "connect" | "disconnect", connection: string): void;
+}
+
+/** What a user should know: handed to all listeners, and where there are none to the process, once per kind and outage. */
+class Reports {
+  last: Error | undefined;
+  readonly #listeners: () => Iterable<Pick<Tenant, "report">>;
+  readonly #warned = new Set<string>();
+  /** Senders whose version has been reported. */
+  readonly #oldSenders = new Set<string>();
+
+  constructor(listeners: () => Iterable<Pick<Tenant, "report">>) {
+    this.#listeners = listeners;
+  }
+
+  readonly report = (error: Error): void => {
+    this.last = error;
+    debug("%s", error.message);
+    // In a turn of its own: a listener that is added right after the adapter was made hears of a connection that fails at once.
+    queueMicrotask(() => {
+      const heard = [...this.#listeners()].map((listener) => listener.report(error));
+      const kind = kindOf(error);
+      if (heard.includes(true) || this.#warned.has(kind)) return;
+      this.#warned.add(kind);
+      process.emitWarning(`${error.message} (listen for "error" on the adapter, or pass onError)`, "SocketIoAmqp");
+    });
+  };
+
+  /** A message that cannot be read or handled; it costs no other. Another version is reported once for each sender. */
+  unreadable(error: Error, source: string): void {
+    if (error instanceof UnknownVersion) {
+      if (this.#oldSenders.has(error.sender) || this.#oldSenders.size >= MAX_OLD_SENDERS) return;
+      this.#oldSenders.add(error.sender);
+    }
+    const what = error instanceof FrameError ? "Dropped" : "Failed to handle a message:";
+    this.report(new Error(`${what} ${error.message} (${source})`, { cause: error }));
+  }
+
+  /** What is said from here on is news. */
+  outageEnds(): void {
+    this.#warned.clear();
+  }
+}
+
+/** So many senders of another version are remembered. */
+const MAX_OLD_SENDERS = 1_000;
+
 /** Another server or emitter that has been heard of. */
 interface Peer {
   readonly uid: string;
@@ -1017,18 +1077,16 @@ interface Peer {
   readonly differing: Set<string>;
 }
 
-interface MembershipLinks {
-  /** Sends a control message to one queue or to all; resolves with whether the broker took it. */
-  tell(key: string, control: Control): Promise<boolean>;
-  /** What is said of this server in a hello. */
-  introduction(): Pick<Control & { type: "hello" }, "namespaces" | "number" | "floor" | "shared">;
+/** What this server says of itself. */
+type Introduction = Pick<Control & { type: "hello" }, "namespaces" | "number" | "floor" | "shared">;
+
+interface MembershipEvents {
+  introduce(): Introduction;
+  /** How many rooms this server has bound. */
   rooms(): number;
   newStream(uid: string): PeerStream<Frame>;
-  /** Whether both connections are up, and since when (ms, monotonic). */
-  upSince(): number | undefined;
   /** A peer's queue is gone: nobody waits for its answers. */
   gone(uid: string): void;
-  report(error: Error): void;
 }
 
 /** At least this long between two announcements (ms), for a thousand namespaces that open one after the other. */
@@ -1037,17 +1095,14 @@ const ANNOUNCE_INTERVAL = 20;
 const ASK_AGAIN = 500;
 /** For how many ms after an outage, this server's or a peer's, the peer's queue may not be back yet. */
 const GRACE = 2_000;
-
 /** For how many ms a peer without a queue may come back: one that the broker refuses tries again after 10 s. */
 const RETURN = 20_000;
 
 /** Who else is there, with which namespaces; what each peer has sent. */
 class Membership {
   readonly peers: Map<string, Peer> = new Map();
-  readonly #uid: string;
-  readonly #timeoutMs: number;
-  readonly #rememberMs: number;
-  readonly #links: MembershipLinks;
+  readonly #context: Context;
+  readonly #events: MembershipEvents;
   #revision = 0;
   #announcement: Promise<boolean> | undefined;
   #unannounced = false;
@@ -1055,12 +1110,11 @@ class Membership {
   #greets = false;
   /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
   #heardAt = 0;
+  #asking: Timeout | undefined;
 
-  constructor(uid: string, settings: Settings, links: MembershipLinks) {
-    this.#uid = uid;
-    this.#timeoutMs = settings.heartbeatTimeout;
-    this.#rememberMs = settings.heartbeatTimeout + settings.journal.ms;
-    this.#links = links;
+  constructor(context: Context, events: MembershipEvents) {
+    this.#context = context;
+    this.#events = events;
   }
 
   /** The servers that have a namespace open, this one not counted. */
@@ -1072,18 +1126,16 @@ class Membership {
 
   /** How many rooms are bound, on all servers. */
   get rooms(): number {
-    let rooms = this.#links.rooms();
-    for (const peer of this.peers.values()) rooms += peer.rooms;
-    return rooms;
+    return this.peers.values().reduce((sum, { rooms }) => sum + rooms, this.#events.rooms());
   }
 
   /** Whoever sent what the queue has just delivered; undefined for this server itself. */
   hear(uid: string): Peer | undefined {
     this.#heardAt = performance.now();
-    if (uid === this.#uid) return undefined;
+    if (uid === this.#context.uid) return undefined;
     let peer = this.peers.get(uid);
     if (!peer) {
-      const stream = this.#links.newStream(uid);
+      const stream = this.#events.newStream(uid);
       peer = { uid, stream, heardAt: 0, revision: -1, rooms: 0, askAt: 0, differing: new Set() };
       this.peers.set(uid, peer);
     }
@@ -1098,7 +1150,7 @@ class Membership {
     peer.stream.hears(hello.number, hello.floor);
     peer.askAt = 0; // its queue is back
     peer.goneAt = undefined;
-    if (hello.reply) void this.#links.tell(serverKey(peer.uid), this.#hello(false));
+    if (hello.reply) void this.#context.tell(serverKey(peer.uid), this.#hello(false));
     this.#compare(peer, hello.shared);
     this.ask();
   }
@@ -1106,7 +1158,7 @@ class Membership {
   onBeat(peer: Peer, { revision, number, floor, rooms }: Control & { type: "beat" }): void {
     peer.rooms = rooms;
     peer.stream.hears(number, floor);
-    if (!peer.namespaces || peer.revision !== revision) void this.#links.tell(serverKey(peer.uid), this.#hello(true));
+    if (!peer.namespaces || peer.revision !== revision) void this.#context.tell(serverKey(peer.uid), this.#hello(true));
   }
 
   /** It has closed, having sent all up to this number. */
@@ -1121,11 +1173,11 @@ class Membership {
     const peer = this.peers.get(uid);
     if (!peer) return;
     // Right after an outage its queue may just not be back yet.
-    const upSince = this.#links.upSince() ?? Infinity;
+    const upSince = this.#context.upSince ?? Infinity;
     if ((peer.greetedAt ?? 0) < upSince && performance.now() - upSince < GRACE) return;
     if (peer.namespaces) {
       this.#gone(peer);
-      void this.#links.tell(ALL_SERVERS, { type: "missing", uid }); // whoever knows it may look for itself
+      void this.#context.tell(ALL_SERVERS, { type: "missing", uid }); // whoever knows it may look for itself
     }
     // It may have lost its connection for a moment; killed, it will not come back.
     peer.goneAt ??= performance.now();
@@ -1142,20 +1194,19 @@ class Membership {
 
   /** Every `heartbeatInterval`. */
   beat(): void {
-    const now = performance.now();
-    const since = this.#links.upSince();
+    const { settings, upSince = performance.now() } = this.#context;
     for (const peer of this.peers.values()) {
       // Measured by what the queue delivers: after an outage nobody has been silent.
-      const silence = this.#heardAt - Math.max(peer.heardAt, since ?? now);
-      if (silence <= this.#timeoutMs) continue;
+      const silence = this.#heardAt - Math.max(peer.heardAt, upSince);
+      if (silence <= settings.heartbeatTimeout) continue;
       if (peer.namespaces) this.#gone(peer);
-      if (silence <= this.#rememberMs) continue; // it may come back, and publish again what has been seen
+      if (silence <= settings.heartbeatTimeout + settings.journal.ms) continue; // it may come back, and publish again what has been seen
       this.#giveUp(peer, "is silent");
       this.peers.delete(peer.uid);
     }
-    const { number, floor } = this.#links.introduction();
-    const beat = { type: "beat" as const, revision: this.#revision, number, floor, rooms: this.#links.rooms() };
-    void this.#links.tell(ALL_SERVERS, beat);
+    const { number, floor } = this.#events.introduce();
+    const beat = { type: "beat" as const, revision: this.#revision, number, floor, rooms: this.#events.rooms() };
+    void this.#context.tell(ALL_SERVERS, beat);
   }
 
   /** This server may have missed something: each peer is asked for it. */
@@ -1166,27 +1217,31 @@ class Membership {
     }
   }
 
-  /** Asks each peer that may have sent what did not come, again and again: its queue may not be back yet. Returns whether any. */
-  ask(): boolean {
+  /** Asks each peer that may have sent what did not come, again and again: its queue may not be back yet. */
+  ask(): void {
     const now = performance.now();
-    let any = false;
-    for (const { uid, stream } of this.peers.values()) {
-      if (!stream.catchUp) continue;
-      any = true;
-      const peer = this.peers.get(uid);
-      if (!peer || peer.askAt > now || this.#links.upSince() === undefined) continue;
+    const missed = [...this.peers.values()].filter(({ stream }) => stream.catchUp);
+    for (const peer of missed) {
+      const { uid, stream, askAt } = peer;
+      if (!stream.catchUp || askAt > now || this.#context.upSince === undefined) continue;
       peer.askAt = now + ASK_AGAIN;
-      void this.#links.tell(serverKey(uid), { type: "ask", id: stream.catchUp.id, after: stream.cursor });
+      void this.#context.tell(serverKey(uid), { type: "ask", id: stream.catchUp.id, after: stream.cursor });
     }
-    return any;
+    if (missed.length === 0) this.close();
+    else this.#asking ??= setInterval(() => this.ask(), ASK_AGAIN);
+  }
+
+  close(): void {
+    clearInterval(this.#asking);
+    this.#asking = undefined;
   }
 
   async #announceAll(): Promise<boolean> {
     await null; // so that `#announcement` is set before it is unset
     try {
-      while (this.#unannounced && this.#links.upSince() !== undefined) {
+      while (this.#unannounced && this.#context.upSince !== undefined) {
         this.#unannounced = false;
-        if (!(await this.#links.tell(ALL_SERVERS, this.#hello(this.#greets)))) return false; // the next connection announces
+        if (!(await this.#context.tell(ALL_SERVERS, this.#hello(this.#greets)))) return false; // the next connection announces
         this.#greets = false;
         if (this.#unannounced) await Bun.sleep(ANNOUNCE_INTERVAL);
       }
@@ -1197,33 +1252,31 @@ class Membership {
   }
 
   #hello(reply: boolean): Control {
-    return { type: "hello", revision: this.#revision, reply, ...this.#links.introduction() };
+    return { type: "hello", revision: this.#revision, reply, ...this.#events.introduce() };
   }
 
   #gone(peer: Peer): void {
     peer.namespaces = undefined;
     peer.rooms = 0;
-    this.#links.gone(peer.uid);
+    this.#events.gone(peer.uid);
   }
 
-  #giveUp(peer: Peer, why: string, last?: number): void {
-    const { stream } = peer;
+  #giveUp({ uid, stream }: Peer, why: string, last?: number): void {
     if (!stream.catchUp || (last === undefined && stream.catchUp.held.size === 0)) return;
     const { cursor } = stream;
     const missing = stream.giveUp(last);
     if (last !== undefined && missing === 0) return;
     const what = missing > 0 ? `${missing} frames` : "frames";
-    this.#links.report(new Error(`Peer ${peer.uid} ${why}: ${what} after number ${cursor ?? 0} may be lost`));
+    this.#context.reports.report(new Error(`Peer ${uid} ${why}: ${what} after number ${cursor ?? 0} may be lost`));
   }
 
   /** Reports settings that must be the same on all servers, and are not: once per peer. */
-  #compare(peer: Peer, theirs: Shared): void {
-    const { shared } = this.#links.introduction();
-    for (const [name, ours] of Object.entries(shared)) {
-      if (theirs[name] === undefined || theirs[name] === ours || peer.differing.has(name)) continue;
-      peer.differing.add(name);
-      const values = `${Bun.inspect(ours)} here and ${Bun.inspect(theirs[name])} on peer ${peer.uid}`;
-      this.#links.report(new Error(`${name} is ${values}; give all servers the same`));
+  #compare({ uid, differing }: Peer, theirs: Shared): void {
+    for (const [name, ours] of Object.entries(this.#events.introduce().shared)) {
+      if (theirs[name] === undefined || theirs[name] === ours || differing.has(name)) continue;
+      differing.add(name);
+      const values = `${Bun.inspect(ours)} here and ${Bun.inspect(theirs[name])} on peer ${uid}`;
+      this.#context.reports.report(new Error(`${name} is ${values}; give all servers the same`));
     }
   }
 }
@@ -1244,14 +1297,12 @@ const PROBE_INTERVAL = 100;
 /** Questions to peers, and who has not answered yet. */
 class Requests {
   readonly #open = new Map<string, Request>();
-  readonly #uid: string;
-  readonly #ping: (uid: string) => void;
+  readonly #context: Context;
   #probing: Timeout | undefined;
   #count = 0;
 
-  constructor(uid: string, ping: (uid: string) => void) {
-    this.#uid = uid;
-    this.#ping = ping;
+  constructor(context: Context) {
+    this.#context = context;
   }
 
   /** Resolves when each of `peers` has said all or is gone, or after `ms`, with how many have not. */
@@ -1262,7 +1313,7 @@ class Requests {
     { take, done }: Pick<Request, "take" | "done">,
   ): Promise<number> {
     if (peers.length === 0) return Promise.resolve(0);
-    const id = `${this.#uid}.${++this.#count}`;
+    const id = `${this.#context.uid}.${++this.#count}`;
     send(id); // throws if it cannot be encoded, and then there is no request
     const { promise, resolve } = Promise.withResolvers<number>();
     const end = (unanswered: number) => {
@@ -1300,8 +1351,9 @@ class Requests {
 
   /** The broker returns what is sent to a queue that no longer exists. */
   #probe(): void {
-    for (const uid of new Set([...this.#open.values()].flatMap(({ owing }) => [...owing]))) this.#ping(uid);
-    if (this.#open.size > 0) return;
+    const owing = new Set([...this.#open.values()].flatMap((request) => [...request.owing]));
+    for (const uid of owing) void this.#context.tell(serverKey(uid), { type: "ping" });
+    if (owing.size > 0) return;
     clearInterval(this.#probing);
     this.#probing = undefined;
   }
@@ -1315,21 +1367,19 @@ class Replays {
   /** The latest question of each peer, and when it was answered (ms, monotonic; Infinity until then). */
   readonly #latest = new Map<string, { readonly id: number; readonly after: number | undefined; answeredAt: number }>();
   readonly #running = new Set<Promise<void>>();
+  readonly #context: Context;
   readonly #publisher: Publisher;
-  readonly #patienceMs: number;
-  readonly #tell: MembershipLinks["tell"];
 
-  constructor(publisher: Publisher, patienceMs: number, tell: MembershipLinks["tell"]) {
+  constructor(context: Context, publisher: Publisher) {
+    this.#context = context;
     this.#publisher = publisher;
-    this.#patienceMs = patienceMs;
-    this.#tell = tell;
   }
 
   /** The same question again is one whose answer stands in the peer's queue behind much else, unless that takes too long. */
   answer(uid: string, { id, after }: Control & { type: "ask" }): void {
     const latest = this.#latest.get(uid);
     const isSame = latest?.id === id && latest.after === after;
-    if (isSame && performance.now() - latest.answeredAt < this.#patienceMs) return;
+    if (isSame && performance.now() - latest.answeredAt < this.#context.settings.heartbeatTimeout) return;
     const replay = this.#replay(uid, id, after).finally(() => this.#running.delete(replay));
     this.#running.add(replay);
   }
@@ -1349,12 +1399,12 @@ class Replays {
     publisher.expire();
     const { log, number: to } = publisher;
     const from = Math.max((after ?? 0) + 1, log.first);
-    let taken = this.#tell(serverKey(uid), { type: "begin", id, from, to });
+    let taken = this.#context.tell(serverKey(uid), { type: "begin", id, from, to });
     for (let number = from; number <= to; number++) {
       if ((number - from) % REPLAY_WINDOW === 0 && !(await taken)) break;
       if (this.#latest.get(uid) !== question) return; // it has asked anew, or is gone
       const body = log.get(number);
-      if (!body) break; // overwritten meanwhile: it asks again
+      if (!body) break; // forgotten meanwhile: it asks again
       taken = publisher.sendNow(serverKey(uid), body, true);
     }
     if (await taken) question.answeredAt = performance.now();
@@ -1362,44 +1412,6 @@ class Replays {
   }
 }
 
-/** Who hears of an error. */
-interface Listeners {
-  /** Hands the error on; false where nobody listens. */
-  report(error: Error): boolean;
-}
-
-/** What a user should know: handed to all listeners, and where there are none to the process, once per kind and outage. */
-class Reports {
-  last: Error | undefined;
-  readonly #listeners: () => Iterable<Listeners>;
-  readonly #warned = new Set<string>();
-
-  constructor(listeners: () => Iterable<Listeners>) {
-    this.#listeners = listeners;
-  }
-
-  report(error: Error): void {
-    this.last = error;
-    debug("%s", error.message);
-    // In a turn of its own: a listener that is added right after the adapter was made hears of a connection that fails at once.
-    queueMicrotask(() => {
-      const heard = [...this.#listeners()].map((listener) => listener.report(error));
-      if (heard.includes(true)) return;
-      const kind = kindOf(error);
-      if (this.#warned.has(kind)) return;
-      this.#warned.add(kind);
-      process.emitWarning(`${error.message} (listen for "error" on the adapter, or pass onError)`, "SocketIoAmqp");
-    });
-  }
-
-  /** What is said from here on is news. */
-  outageEnds(): void {
-    this.#warned.clear();
-  }
-}
-
-/** Drops are reported together, this many ms after the first. */
-const DROP_REPORT = 1_000;
 /** From this version of RabbitMQ on the keys of a message are looked up; before, several keys made it scan all bindings. */
 const LOOKS_KEYS_UP = "3.11.0";
 /** How many bindings are cheap to scan. */
@@ -1407,7 +1419,7 @@ const FEW_BINDINGS = 500;
 /** What the header and a replay add to a packet, at most (bytes). */
 const OVERHEAD = 768;
 
-interface SenderLinks {
+interface SenderEvents {
   /** How many other servers have a namespace open, and how many rooms are bound on all of them. */
   servers(nsp: string): number;
   rooms(): number;
@@ -1415,8 +1427,6 @@ interface SenderLinks {
   unreachable(uid: string): void;
   /** The broker takes messages, at the start and after each outage. */
   ready(): void;
-  changed(event: "connect" | "disconnect"): void;
-  report(error: Error): void;
 }
 
 /** The publishing connection, and the publisher on it. */
@@ -1424,29 +1434,25 @@ class Sender {
   readonly publisher: Publisher;
   readonly connection: Connection;
   dropped = 0;
+  readonly #context: Context;
+  readonly #events: SenderEvents;
   #reportedDropped = 0;
-  #dropReport: Timeout | undefined;
   #flushing: Timeout | undefined;
   #scheduled = false;
   #looksKeysUp = false;
   #maxKeyBytes = 0;
-  readonly #uid: string;
-  readonly #settings: Settings;
-  readonly #names: Names;
-  readonly #links: SenderLinks;
 
-  constructor(uid: string, settings: Settings, names: Names, links: SenderLinks) {
-    this.#uid = uid;
-    this.#settings = settings;
-    this.#names = names;
-    this.#links = links;
+  constructor(context: Context, events: SenderEvents) {
+    const { uid, settings, reports } = context;
+    this.#context = context;
+    this.#events = events;
     const facts: RoutingFacts = {
-      servers: links.servers,
-      severalKeys: () => this.#looksKeysUp || links.rooms() <= FEW_BINDINGS,
+      servers: events.servers,
+      severalKeys: () => this.#looksKeysUp || events.rooms() <= FEW_BINDINGS,
       maxKeyBytes: () => this.#maxKeyBytes,
     };
     this.publisher = new Publisher(uid, settings, facts, {
-      dropped: (packets) => this.#drop(packets),
+      dropped: (packets) => (this.dropped += packets),
       flushIn: (ms) => {
         this.#flushing ??= setTimeout(() => {
           this.#flushing = undefined;
@@ -1454,44 +1460,52 @@ class Sender {
         }, ms);
       },
     });
-    this.connection = new Connection("publishing", settings, links.report, links.changed, {
+    this.connection = new Connection("publishing", context, {
       up: (model, lose) => this.#up(model, lose),
       down: (error: BrokerError) => {
         // A message that is larger than the broker or the connection allows would close the next channel as well.
         const isTooLarge = (error.code === 406 && error.classId === 60) || error.code === 501;
         const size = isTooLarge ? this.publisher.giveUpLargest() : 0;
         if (size > 0)
-          links.report(new RangeError(`A frame of ${size} bytes was refused: ${error.message}; lower maxPayload`));
+          reports.report(new RangeError(`A frame of ${size} bytes was refused: ${error.message}; lower maxPayload`));
         this.publisher.down();
       },
-      live: links.ready,
+      live: events.ready,
     });
   }
 
   /** A packet for a destination. Volatile ones are dropped while the broker is away. */
   add(to: Destination, parts: readonly unknown[]): void {
-    let bytes = 0;
-    const packet = parts.map((part) => {
-      const sent = partOf(part);
-      bytes += sent.length;
-      return sent;
-    });
-    const { maxPayload } = this.#settings;
-    if ((to.head.length + bytes) * 3 + OVERHEAD > maxPayload) {
+    const packet = parts.every((part) => typeof part === "string") ? parts : parts.map(partOf);
+    let length = 0;
+    for (const part of packet) length += part.length;
+    const { maxPayload } = this.#context.settings;
+    if ((to.head.length + length) * 3 + OVERHEAD > maxPayload) {
       const size = packet.reduce((sum, part) => sum + Buffer.byteLength(part), OVERHEAD + Buffer.byteLength(to.head));
-      if (size > maxPayload)
-        return this.#links.report(
-          new RangeError(`A packet of ${size} bytes was not sent: maxPayload is ${maxPayload} bytes`),
-        );
+      if (size > maxPayload) {
+        const message = `A packet of ${size} bytes was not sent: maxPayload is ${maxPayload} bytes`;
+        return this.#context.reports.report(new RangeError(message));
+      }
     }
-    this.publisher.add(to, packet, bytes);
+    this.publisher.add(to, packet, length);
     if (this.#scheduled) return;
     this.#scheduled = true;
     queueMicrotask(this.#flush);
   }
 
   control(key: string, control: Control): Promise<boolean> {
-    return this.publisher.sendNow(key, controlFrame(this.#uid, control));
+    return this.publisher.sendNow(key, controlFrame(this.#context.uid, control));
+  }
+
+  /** Every `heartbeatInterval`: forgets what is too old, and reports together what was dropped. */
+  tick(): void {
+    this.publisher.expire();
+    const packets = this.dropped - this.#reportedDropped;
+    this.#reportedDropped = this.dropped;
+    if (packets === 0) return;
+    const { maxQueued, journal } = this.#context.settings;
+    const limits = `at most ${maxQueued} bytes, and ${journal.ms} ms without a broker`;
+    this.#context.reports.report(new Error(`Dropped ${packets} packets that waited: ${limits}`));
   }
 
   /** Sends the rest and a goodbye, as far as that takes no longer than `ms`; gives the number of packets that are left. */
@@ -1501,7 +1515,7 @@ class Sender {
     const bye = this.control(ALL_SERVERS, { type: "bye", number: this.publisher.number });
     if (left === 0) await within(CLOSE_PATIENCE, bye);
     clearTimeout(this.#flushing);
-    this.#reportDrops();
+    this.tick();
     return left;
   }
 
@@ -1511,113 +1525,79 @@ class Sender {
   };
 
   async #up(model: AmqpConnection, lose: Lose): Promise<void> {
+    const { names, reports } = this.#context;
     const channel = watched(await model.createConfirmChannel(), lose);
-    channel.on("return", ({ fields }) => this.#links.unreachable(fields.routingKey.slice(ALL_SERVERS.length)));
+    // Not in amqplib's turn: it would answer a user's callback that throws by closing the channel.
+    channel.on("return", ({ fields }) =>
+      queueMicrotask(() => this.#events.unreachable(fields.routingKey.slice(ALL_SERVERS.length))),
+    );
     const emitter: NodeJS.EventEmitter = model;
     emitter.on("blocked", (reason: string) => {
       this.publisher.block(true);
-      this.#links.report(new Error(`The broker blocks publishing: ${reason}`));
+      reports.report(new Error(`The broker blocks publishing: ${reason}`));
     });
     emitter.on("unblocked", () => {
       this.publisher.block(false);
-      this.#links.ready();
+      this.#events.ready();
     });
-    await declare(channel, this.#names);
+    await declare(channel, names);
     this.#looksKeysUp = Bun.semver.order(brokerVersion(model), LOOKS_KEYS_UP) >= 0;
     this.#maxKeyBytes = frameMax(model) - HEADER_RESERVE;
-    this.publisher.up((message, confirmed) => this.#transmit(channel, lose, message, confirmed));
-  }
-
-  #transmit(
-    channel: ConfirmChannel,
-    lose: Lose,
-    { keys: [key = "", ...CC], body, direct, again }: Outgoing,
-    confirmed: (outcome: Outcome) => void,
-  ): void {
-    const options: Options.Publish = direct ? { mandatory: key !== ALL_SERVERS } : {};
-    if (CC.length > 0) options.CC = CC;
-    if (again) options.type = AGAIN;
-    try {
-      channel.publish(direct ? this.#names.keys : this.#names.main, key, body, options, (error: Error | null) =>
-        confirmed(!error ? "taken" : error.message === NACKED ? "refused" : "lost"),
-      );
-    } catch (error) {
-      lose(asError(error)); // the channel has just closed
-    }
-  }
-
-  #drop(packets: number): void {
-    this.dropped += packets;
-    this.#dropReport ??= setTimeout(() => this.#reportDrops(), DROP_REPORT);
-  }
-
-  #reportDrops(): void {
-    clearTimeout(this.#dropReport);
-    this.#dropReport = undefined;
-    const packets = this.dropped - this.#reportedDropped;
-    this.#reportedDropped = this.dropped;
-    if (packets === 0) return;
-    const { maxQueued, journal } = this.#settings;
-    this.#links.report(
-      new Error(
-        `Dropped ${packets} packets that waited: at most ${maxQueued} bytes, and ${journal.ms} ms without a broker`,
-      ),
-    );
+    this.publisher.up(({ keys: [key = "", ...CC], body, direct, again }, confirmed) => {
+      const options: Options.Publish = direct ? { mandatory: key !== ALL_SERVERS } : {};
+      if (CC.length > 0) options.CC = CC;
+      if (again) options.type = AGAIN;
+      try {
+        channel.publish(direct ? names.keys : names.main, key, body, options, (error: Error | null) =>
+          confirmed(!error ? "taken" : error.message === NACKED ? "refused" : "lost"),
+        );
+      } catch (error) {
+        lose(asError(error)); // the channel has just closed
+      }
+    });
   }
 }
 
+/** How many bytes of a frame header the message's other properties may take. */
+const HEADER_RESERVE = 1_024;
 /** amqplib's word for a message that the broker did not take. */
 const NACKED = "message nacked";
 /** The AMQP type of a frame that its receiver has asked for again. */
 const AGAIN = "again";
 
-interface ReceiverLinks {
+interface ReceiverEvents {
   frame(frame: Frame, again: boolean): void;
   /** A connection is being opened after one that was lost. */
   isBack(): void;
   /** The queue gets everything. */
   live(): void;
-  changed(event: "connect" | "disconnect"): void;
-  report(error: Error): void;
 }
+
+/** How many ms after a queue has gone the rooms' exchanges are bound again. */
+const RENEW_AFTER = 2_000;
 
 /** The consuming connection: the queue, what it is bound to, and what it delivers. */
 class Receiver {
   readonly connection: Connection;
-  readonly #uid: string;
-  readonly #settings: Settings;
-  readonly #names: Names;
-  readonly #tenants: ReadonlyMap<string, Tenant>;
-  readonly #links: ReceiverLinks;
+  readonly #context: Context;
+  readonly #events: ReceiverEvents;
   #topology: Topology | undefined;
   /** Resolves when the connection that is being opened is live or has failed. */
   #opening: PromiseWithResolvers<void> | undefined;
   /** How often a queue was made. */
   #generation = 0;
-  /** Senders whose version has been reported. */
-  readonly #reportedVersions = new Set<string>();
+  #renewal: Timeout | undefined;
 
-  constructor(
-    uid: string,
-    settings: Settings,
-    names: Names,
-    tenants: ReadonlyMap<string, Tenant>,
-    links: ReceiverLinks,
-  ) {
-    this.#uid = uid;
-    this.#settings = settings;
-    this.#names = names;
-    this.#tenants = tenants;
-    this.#links = links;
-    this.connection = new Connection("consuming", settings, links.report, links.changed, {
+  constructor(context: Context, events: ReceiverEvents) {
+    this.#context = context;
+    this.#events = events;
+    this.connection = new Connection("consuming", context, {
       up: (model, lose) => this.#up(model, lose),
       down: () => {
         this.#topology?.end();
-        this.#topology = undefined;
-        this.#opening?.resolve();
-        this.#opening = undefined;
+        this.#opened(undefined);
       },
-      live: links.live,
+      live: events.live,
     });
   }
 
@@ -1653,68 +1633,67 @@ class Receiver {
     return bindings !== undefined && (bindings.takesAll || bindings.digests.has(digest));
   };
 
-  renew(): void {
-    void this.#topology?.renew();
+  /** A peer's queue has gone: an exchange of a room may have gone with it that others have bound just then. */
+  renewSoon(): void {
+    this.#renewal ??= setTimeout(() => {
+      this.#renewal = undefined;
+      void this.#topology?.renew();
+    }, RENEW_AFTER);
   }
 
   async close(patienceMs: number): Promise<void> {
+    clearTimeout(this.#renewal);
     await within(patienceMs, this.#topology?.close() ?? Promise.resolve());
     await this.connection.close();
-  }
-
-  /** An error about a message: one that cannot be read costs no other. */
-  reportUnreadable(error: Error, source: string): void {
-    if (error instanceof UnknownVersion) {
-      if (this.#reportedVersions.has(error.sender) || this.#reportedVersions.size >= MAX_REPORTED) return;
-      this.#reportedVersions.add(error.sender);
-    }
-    const what = error instanceof FrameError ? "Dropped" : "Failed to handle a message:";
-    this.#links.report(new Error(`${what} ${error.message} (${source})`, { cause: error }));
   }
 
   /** Everything that the consuming connection needs, at the start and after each loss. */
   async #up(model: AmqpConnection, lose: Lose): Promise<void> {
     this.#opening ??= Promise.withResolvers<void>();
-    const { queueArguments, roomExchanges } = this.#settings;
-    const isFirst = this.#generation === 0;
-    const before = isFirst ? undefined : this.#names.queue(this.#uid, this.#generation);
-    if (!isFirst) this.#links.isBack();
+    const { uid, settings, names, tenants } = this.#context;
+    const before = this.#generation > 0 ? names.queue(uid, this.#generation) : undefined;
+    if (before) this.#events.isBack();
     // A new name each time: after a half-open link the broker may still hold the old queue.
-    const queue = this.#names.queue(this.#uid, ++this.#generation);
-    const bindings = new Bindings(this.#tenants, mayHaveRoomExchanges(model, roomExchanges));
-    const topology = new Topology(model, lose, this.#names, queue, bindings);
-    await topology.open(before, [ALL_SERVERS, serverKey(this.#uid)], queueArguments, (message) => {
+    const queue = names.queue(uid, ++this.#generation);
+    const bindings = new Bindings(tenants, mayHaveRoomExchanges(model, settings.roomExchanges));
+    const topology = new Topology(model, lose, names, queue, bindings);
+    await topology.open(before, [ALL_SERVERS, serverKey(uid)], settings.queueArguments, (message) => {
       if (message) this.#receive(message);
       else lose(new Error(`The queue ${queue} was deleted`));
     });
+    this.#opened(topology);
+  }
+
+  #opened(topology: Topology | undefined): void {
     this.#topology = topology;
     this.#opening?.resolve();
     this.#opening = undefined;
   }
 
   #receive({ content, fields, properties }: ConsumeMessage): void {
+    const { settings, reports } = this.#context;
     try {
-      const { maxPayload } = this.#settings;
-      if (content.length > maxPayload)
-        throw new FrameError(`a message of ${content.length} bytes; maxPayload is ${maxPayload} bytes`);
+      if (content.length > settings.maxPayload)
+        throw new FrameError(`a message of ${content.length} bytes; maxPayload is ${settings.maxPayload} bytes`);
       const { contentType, headers, type } = properties;
       if (typeof contentType === "string" && contentType.startsWith("application/json"))
         this.#onForeign(content, fields, headers?.["CC"]);
-      else this.#links.frame(readFrame(content), type === AGAIN);
+      else this.#events.frame(readFrame(content), type === AGAIN);
     } catch (error) {
-      this.reportUnreadable(asError(error), `exchange ${fields.exchange}, routing key ${fields.routingKey}`);
+      reports.unreadable(asError(error), `exchange ${fields.exchange}, routing key ${fields.routingKey}`);
     }
   }
 
   /** An event from any AMQP client: the routing keys, or the room's exchange, name the rooms. */
   #onForeign(content: Buffer, { exchange, routingKey }: ConsumeMessage["fields"], cc: unknown): void {
+    const { names, tenants } = this.#context;
     const data = parseJson(content.toString(), NAMED_ARRAY);
     if (!Array.isArray(data)) throw new FrameError("application/json that is no array");
-    const isRoomExchange = exchange !== this.#names.main && exchange !== this.#names.keys;
+    const isRoomExchange = exchange !== names.main && exchange !== names.keys;
     const keys = isRoomExchange
-      ? (this.#topology?.bindings.viaExchange() ?? []).filter((key) => this.#names.roomExchange(key) === exchange)
+      ? (this.#topology?.bindings.viaExchange() ?? []).filter((key) => names.roomExchange(key) === exchange)
       : [routingKey, ...(Array.isArray(cc) ? cc.map(String) : [])];
-    for (const tenant of this.#tenants.values()) {
+    for (const tenant of tenants.values()) {
       const isForAll = keys.includes(tenant.key);
       const rooms = isForAll ? [] : keys.flatMap((key) => tenant.roomsUnder(key));
       if (!isForAll && rooms.length === 0) continue;
@@ -1723,74 +1702,51 @@ class Receiver {
   }
 }
 
-/** So many senders of an unknown version are remembered. */
-const MAX_REPORTED = 1_000;
-/** How many ms after a queue has gone the rooms' exchanges are bound again. */
-const RENEW_AFTER = 2_000;
-
-interface InboxLinks {
-  tell: MembershipLinks["tell"];
-  /** Whether what is published under a key, by its digest, should come to this server's queue. */
-  takes(digest: number): boolean;
-  /** A peer has to be asked for what was missed. */
-  ask(): void;
-  /** A message about which nothing can be done. */
-  unreadable(error: Error, source: string): void;
-  report(error: Error): void;
-}
-
 /** What becomes of the frames that the queue delivers. */
 class Inbox {
   readonly counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0, lost: 0 };
   /** When this server was last away from the broker (ms, monotonic). */
   awayAt = -Infinity;
-  readonly #tenants: ReadonlyMap<string, Tenant>;
-  readonly #journal: Settings["journal"];
+  readonly #context: Context;
   readonly #membership: Membership;
   readonly #replays: Replays;
-  readonly #links: InboxLinks;
+  /** Whether what is published under a key, by its digest, should come to this server's queue. */
+  readonly #takes: (digest: number) => boolean;
 
-  constructor(
-    tenants: ReadonlyMap<string, Tenant>,
-    journal: Settings["journal"],
-    membership: Membership,
-    replays: Replays,
-    links: InboxLinks,
-  ) {
-    this.#tenants = tenants;
-    this.#journal = journal;
+  constructor(context: Context, membership: Membership, replays: Replays, takes: (digest: number) => boolean) {
+    this.#context = context;
     this.#membership = membership;
     this.#replays = replays;
-    this.#links = links;
+    this.#takes = takes;
   }
 
   onFrame(frame: Frame, again: boolean): void {
     const peer = this.#membership.hear(frame.sender);
     if (!peer) return;
     if (frame.kind === FrameKind.Control) return this.#onControl(peer, readControl(frame));
-    if (this.#tenants.size === 0) return; // an emitter takes no packets
+    if (this.#context.tenants.size === 0) return; // an emitter takes no packets
     const { stream } = peer;
-    if (!again) stream.receive(frame, predecessorsOf(frame, this.#links.takes));
+    if (!again) stream.receive(frame, predecessorsOf(frame, this.#takes));
     else if (stream.receiveAgain(frame)) peer.askAt = performance.now() + ASK_AGAIN;
     else {
       stream.startCatchUp();
       peer.askAt = 0;
     }
-    if (stream.catchUp && peer.askAt < performance.now()) this.#links.ask();
+    if (stream.catchUp && peer.askAt < performance.now()) this.#membership.ask();
   }
 
   #onControl(peer: Peer, control: Control): void {
+    const membership = this.#membership;
     switch (control.type) {
       case "hello":
-        this.#membership.onHello(peer, control);
-        return this.#links.ask();
+        return membership.onHello(peer, control);
       case "beat":
-        return this.#membership.onBeat(peer, control);
+        return membership.onBeat(peer, control);
       case "bye":
-        return this.#membership.onBye(peer, control.number);
+        return membership.onBye(peer, control.number);
       case "missing":
-        if (this.#membership.peers.get(control.uid)?.namespaces)
-          void this.#links.tell(serverKey(control.uid), { type: "ping" });
+        if (membership.peers.get(control.uid)?.namespaces)
+          void this.#context.tell(serverKey(control.uid), { type: "ping" });
         return;
       case "ask":
         return this.#replays.answer(peer.uid, control);
@@ -1801,32 +1757,8 @@ class Inbox {
     }
   }
 
-  /** What cannot be read or handled costs no other section. */
-  #deliver(frame: Frame): void {
-    this.counts.framesReceived++;
-    this.counts.packetsReceived += frame.packets;
-    const handled = (handle: () => void) => {
-      try {
-        handle();
-      } catch (error) {
-        this.#links.unreadable(asError(error), `peer ${frame.sender}`);
-      }
-    };
-    handled(() => {
-      const reader = new FrameReader(frame);
-      const tenant = this.#tenants.get(reader.nsp);
-      if (!tenant) return;
-      for (const section of reader.sections) {
-        if (section.kind < SectionKind.Messages)
-          handled(() => tenant.onPackets(section, () => reader.packets(section)));
-        else
-          for (const parts of reader.packets(section))
-            handled(() => tenant.onMessage(asMessage(decodeValue(parts)), frame.sender));
-      }
-    });
-  }
-
   newStream(uid: string): PeerStream<Frame> {
+    const { settings, reports } = this.#context;
     const stream = new PeerStream<Frame>(
       {
         deliver: (frame) => this.#deliver(frame),
@@ -1834,21 +1766,50 @@ class Inbox {
         duplicate: () => this.counts.duplicates++,
         lost: (frames) => {
           this.counts.lost += frames;
-          this.#links.report(new Error(`Lost ${frames} frames of peer ${uid}: its journal no longer held them`));
+          reports.report(new Error(`Lost ${frames} frames of peer ${uid}: its journal no longer held them`));
         },
       },
-      this.#journal.bytes,
+      settings.journal.bytes,
     );
     // Whoever is heard for the first time may have begun to send during an outage.
-    if (performance.now() - this.awayAt < this.#journal.ms) stream.startCatchUp();
+    if (performance.now() - this.awayAt < settings.journal.ms) stream.startCatchUp();
     return stream;
+  }
+
+  #deliver(frame: Frame): void {
+    this.counts.framesReceived++;
+    this.counts.packetsReceived += frame.packets;
+    this.#handle(frame, () => {
+      const reader = new FrameReader(frame);
+      const tenant = this.#context.tenants.get(reader.nsp);
+      if (tenant) for (const section of reader.sections) this.#deliverSection(frame, reader, section, tenant);
+    });
+  }
+
+  #deliverSection(frame: Frame, reader: FrameReader, section: Section, tenant: Tenant): void {
+    if (section.kind < SectionKind.Messages)
+      return this.#handle(frame, () => tenant.onPackets(section, () => reader.packets(section)));
+    for (const parts of reader.packets(section))
+      this.#handle(frame, () => tenant.onMessage(asMessage(decodeValue(parts)), frame.sender));
+  }
+
+  /** What cannot be read or handled costs no other section. */
+  #handle(frame: Frame, handle: () => void): void {
+    try {
+      handle();
+    } catch (error) {
+      this.#context.reports.unreadable(asError(error), `peer ${frame.sender}`);
+    }
   }
 }
 
 /** Wires the parts of one server together, or of one emitter. A server's namespaces share it. */
-class Node {
+class Node implements Context {
   readonly uid: string = randomBytes(6).toString("base64url"); // 8 characters: what a frame's header has room for
   readonly settings: Settings;
+  readonly names: Names;
+  readonly reports: Reports;
+  readonly tenants: Map<string, Tenant> = new Map();
   readonly sender: Sender;
   readonly receiver: Receiver;
   readonly membership: Membership;
@@ -1856,66 +1817,50 @@ class Node {
   /** Connected, bound and announced for the first time. */
   readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
   closing: Promise<void> | undefined;
-  readonly #tenants = new Map<string, Tenant>();
   readonly #routes = new Map<string, Routes>();
   readonly #replays: Replays;
   readonly #inbox: Inbox;
-  readonly #reports: Reports;
   #heartbeat: Timeout | undefined;
-  #asking: Timeout | undefined;
-  #renewal: Timeout | undefined;
 
   constructor(settings: Settings, onError?: (error: Error) => void) {
-    const { uid } = this;
     this.settings = settings;
+    this.names = new Names(settings.prefix);
     this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
     const listeners = onError ? [{ report: (error: Error) => (queueMicrotask(() => onError(error)), true) }] : [];
-    this.#reports = new Reports(() => [...listeners, ...this.#tenants.values()]);
-    const names = new Names(settings.prefix);
-    this.sender = new Sender(uid, settings, names, {
+    this.reports = new Reports(() => [...listeners, ...this.tenants.values()]);
+    this.sender = new Sender(this, {
       servers: (nsp) => this.membership.serversOf(nsp).length,
       rooms: () => this.membership.rooms,
-      // Not in amqplib's turn: it would answer a user's callback that throws by closing the channel.
-      unreachable: (peer) => queueMicrotask(() => this.membership.onUnreachable(peer)),
+      unreachable: (uid) => this.membership.onUnreachable(uid),
       ready: () => this.#ready(),
-      changed: (event) => this.#changed(event, "publishing"),
-      report: this.report,
     });
-    this.receiver = new Receiver(uid, settings, names, this.#tenants, {
+    this.receiver = new Receiver(this, {
       frame: (frame, again) => this.#inbox.onFrame(frame, again),
       isBack: () => {
-        if (this.#tenants.size > 0) this.membership.startCatchUp(); // an emitter takes no packets
+        if (this.tenants.size > 0) this.membership.startCatchUp(); // an emitter takes no packets
         this.#inbox.awayAt = performance.now();
       },
       live: () => this.#ready(),
-      changed: (event) => this.#changed(event, "consuming"),
-      report: this.report,
     });
-    const tell = (key: string, control: Control) => this.sender.control(key, control);
-    this.membership = new Membership(uid, settings, {
-      tell,
-      introduction: () => this.#introduction(),
+    this.requests = new Requests(this);
+    this.#replays = new Replays(this, this.sender.publisher);
+    this.membership = new Membership(this, {
+      introduce: () => this.#introduce(),
       rooms: () => this.receiver.countBound(),
-      newStream: (peer) => this.#inbox.newStream(peer),
-      upSince: () => this.#upSince,
-      gone: (peer) => this.#gone(peer),
-      report: this.report,
+      newStream: (uid) => this.#inbox.newStream(uid),
+      gone: (uid) => {
+        this.#replays.gone(uid);
+        this.requests.gone(uid);
+        this.receiver.renewSoon();
+      },
     });
-    this.requests = new Requests(uid, (peer) => void tell(serverKey(peer), { type: "ping" }));
-    this.#replays = new Replays(this.sender.publisher, settings.heartbeatTimeout, tell);
-    this.#inbox = new Inbox(this.#tenants, settings.journal, this.membership, this.#replays, {
-      tell,
-      takes: this.receiver.takes,
-      ask: () => this.#ask(),
-      unreadable: (error, source) => this.receiver.reportUnreadable(error, source),
-      report: this.report,
-    });
+    this.#inbox = new Inbox(this, this.membership, this.#replays, this.receiver.takes);
   }
 
   get stats(): Omit<AdapterStats, "rooms"> {
     const { publisher, dropped, connection } = this.sender;
     return {
-      connected: this.#upSince !== undefined,
+      connected: this.upSince !== undefined,
       framesSent: publisher.framesSent,
       packetsSent: publisher.packetsSent,
       ...this.#inbox.counts,
@@ -1925,18 +1870,29 @@ class Node {
       journalBytes: publisher.log.bytes,
       unconfirmed: publisher.unconfirmed,
       reconnects: { consuming: this.receiver.connection.reconnects, publishing: connection.reconnects },
-      lastError: this.#reports.last,
+      lastError: this.reports.last,
     };
   }
 
-  readonly report = (error: Error): void => this.#reports.report(error);
+  get upSince(): number | undefined {
+    const [consuming, publishing] = [this.receiver.connection.upSince, this.sender.connection.upSince];
+    return consuming === undefined || publishing === undefined ? undefined : Math.max(consuming, publishing);
+  }
+
+  tell(key: string, control: Control): Promise<boolean> {
+    return this.sender.control(key, control);
+  }
+
+  changed(event: "connect" | "disconnect", connection: string): void {
+    for (const tenant of this.tenants.values()) tenant.onConnection(event, connection);
+  }
 
   start(): void {
     if (this.#heartbeat) return;
     this.receiver.start();
     this.sender.connection.start();
     this.#heartbeat = setInterval(() => {
-      this.sender.publisher.expire();
+      this.sender.tick();
       this.membership.beat();
     }, this.settings.heartbeatInterval);
   }
@@ -1950,8 +1906,8 @@ class Node {
   /** A namespace opens. The first one starts the connections. */
   join(tenant: Tenant): void {
     if (this.closing) return tenant.opened.reject(new Error("The server has been closed"));
-    const replaced = this.#tenants.get(tenant.nsp.name);
-    this.#tenants.set(tenant.nsp.name, tenant);
+    const replaced = this.tenants.get(tenant.nsp.name);
+    this.tenants.set(tenant.nsp.name, tenant);
     this.start();
     for (const key of replaced?.keys() ?? []) void this.receiver.follow(key);
     void Promise.resolve(this.receiver.follow(tenant.key)).then(() => this.#announce());
@@ -1961,15 +1917,15 @@ class Node {
   async leave(tenant: Tenant): Promise<void> {
     const { name } = tenant.nsp;
     tenant.opened.reject(new Error(`The adapter of ${name} was closed before it was ready`));
-    if (this.#tenants.get(name) !== tenant) return; // it has been replaced
-    if (this.#tenants.size === 1) {
+    if (this.tenants.get(name) !== tenant) return; // it has been replaced
+    if (this.tenants.size === 1) {
       const patience = this.sender.connection.upSince === undefined ? 0 : this.settings.requestsTimeout;
-      await this.close(patience).catch((error) => this.report(asError(error)));
+      await this.close(patience).catch((error) => this.reports.report(asError(error)));
       await null; // what was reported reaches its listeners
-      this.#tenants.delete(name);
+      this.tenants.delete(name);
       return;
     }
-    this.#tenants.delete(name);
+    this.tenants.delete(name);
     this.#routes.delete(name);
     for (const key of [tenant.key, ...tenant.keys()]) void this.receiver.follow(key);
     await this.#announce();
@@ -1982,64 +1938,37 @@ class Node {
 
   async #close(ms: number): Promise<void> {
     const until = performance.now() + ms;
-    for (const timer of [this.#heartbeat, this.#asking, this.#renewal]) clearInterval(timer);
+    clearInterval(this.#heartbeat);
     this.requests.close();
     await within(ms, this.#replays.finished()); // what a peer has missed goes with this server
     const left = await this.sender.close(until - performance.now());
     await Promise.all([this.receiver.close(left > 0 ? 0 : UNBIND_PATIENCE), this.sender.connection.close()]);
+    this.membership.close();
     this.opened.reject(new Error("Closed before it was ready"));
     if (left > 0) throw new Error(`Closed before the broker had confirmed ${left} packets`);
   }
 
-  /** Since when both connections are up (ms, monotonic); undefined while one is not. */
-  get #upSince(): number | undefined {
-    const [consuming, publishing] = [this.receiver.connection.upSince, this.sender.connection.upSince];
-    return consuming === undefined || publishing === undefined ? undefined : Math.max(consuming, publishing);
-  }
-
   #live(): Tenant[] {
-    return this.closing ? [] : [...this.#tenants.values()].filter(({ key }) => this.receiver.isLive(key));
+    return this.closing ? [] : [...this.tenants.values()].filter(({ key }) => this.receiver.isLive(key));
   }
 
-  #introduction() {
+  #introduce(): Introduction {
     const { number, floor } = this.sender.publisher;
-    const [tenant] = this.#tenants.values();
+    const [tenant] = this.tenants.values();
     return { namespaces: this.#live().map(({ nsp }) => nsp.name), number, floor, shared: tenant?.shared ?? {} };
-  }
-
-  #changed(event: "connect" | "disconnect", connection: string): void {
-    for (const tenant of this.#tenants.values()) tenant.onConnection(event, connection);
   }
 
   /** A connection is up, at the start or after a loss, or no longer blocked. */
   #ready(): void {
-    if (this.#upSince === undefined) return;
-    this.#reports.outageEnds();
+    if (this.upSince === undefined) return;
+    this.reports.outageEnds();
     void this.#announce(true);
-    this.#ask();
+    this.membership.ask();
   }
 
   async #announce(greets = false): Promise<void> {
     const live = this.#live();
     if (await this.membership.announce(greets)) for (const { opened } of [...live, this]) opened.resolve();
-  }
-
-  /** Peers are asked for what was missed, until all have answered. */
-  #ask(): void {
-    if (this.closing || !this.membership.ask()) {
-      clearInterval(this.#asking);
-      this.#asking = undefined;
-    } else this.#asking ??= setInterval(() => this.#ask(), ASK_AGAIN);
-  }
-
-  #gone(uid: string): void {
-    this.#replays.gone(uid);
-    this.requests.gone(uid);
-    // With its queue an exchange of a room may have gone that others have bound just then.
-    this.#renewal ??= setTimeout(() => {
-      this.#renewal = undefined;
-      this.receiver.renew();
-    }, RENEW_AFTER);
   }
 }
 
@@ -2050,21 +1979,21 @@ const REMEMBERED = 4_096;
 
 /** Which numbers have come: the anti-replay window of RFC 6479. */
 class ReceiveWindow {
-  #highest = 0;
+  highest = 0;
   readonly #flags = new Uint32Array(REMEMBERED / 32);
 
   /** Whether the number has come, or is too old to know. */
   has(number: number): boolean {
-    if (number > this.#highest) return false;
-    if (number <= this.#highest - REMEMBERED) return true;
+    if (number > this.highest) return false;
+    if (number <= this.highest - REMEMBERED) return true;
     return (this.#flags[(number % REMEMBERED) >>> 5]! & (1 << (number & 31))) !== 0;
   }
 
   add(number: number): void {
-    const first = Math.max(this.#highest + 1, number - REMEMBERED + 1);
+    const first = Math.max(this.highest + 1, number - REMEMBERED + 1);
     for (let skipped = first; skipped < number; skipped++) this.#set(skipped, false);
     this.#set(number, true);
-    this.#highest = Math.max(this.#highest, number);
+    this.highest = Math.max(this.highest, number);
   }
 
   #set(number: number, flag: boolean): void {
@@ -2109,7 +2038,7 @@ class PeerStream<Frame extends Numbered> {
   /** Every frame up to this number has come, was for others, or is lost; undefined until the peer is heard. */
   cursor: number | undefined;
   catchUp: CatchUp<Frame> | undefined;
-  readonly #window = new ReceiveWindow();
+  #window = new ReceiveWindow();
   readonly #events: StreamEvents<Frame>;
   readonly #maxHeld: number;
   #questions = 0;
@@ -2140,8 +2069,9 @@ class PeerStream<Frame extends Numbered> {
   /** The peer says that it has published up to this number, of which all up to `floor` is confirmed. */
   hears(number: number, floor: number): void {
     if (this.catchUp) return;
+    if (this.#window.highest > number + REMEMBERED) this.#window = new ReceiveWindow();
     if (this.cursor === undefined) this.cursor = number;
-    // A cursor above what was ever published is wrong, whoever is to blame.
+    // A cursor or window above what was ever published is wrong, whoever is to blame.
     else this.cursor = Math.max(Math.min(this.cursor, number), floor);
   }
 
@@ -2154,16 +2084,11 @@ class PeerStream<Frame extends Numbered> {
       const [first] = inOrder(catchUp.held);
       this.cursor = Math.min(from, first?.frame.number ?? from) - 1;
     }
-    if (from > this.cursor + 1) {
-      // The peer no longer has those before. Some may have come meanwhile.
-      let lost = 0;
-      for (let number = this.cursor + 1; number < from; number++) {
-        const held = catchUp.held.get(number);
-        if (held) this.#release(catchUp, held.frame);
-        else if (number < from - REMEMBERED || !this.#window.has(number)) lost++;
-      }
-      if (lost > 0) this.#events.lost(lost);
-    }
+    // The peer no longer has those before. Some may have come meanwhile.
+    const found = inOrder(catchUp.held).filter(({ frame }) => frame.number < from);
+    const lost = this.#missing(this.cursor + 1, from - 1) - found.length;
+    for (const { frame } of found) this.#release(catchUp, frame);
+    if (lost > 0) this.#events.lost(lost);
     this.cursor = Math.max(this.cursor, from - 1);
     catchUp.to = to;
     if (this.cursor >= to) this.#finish(catchUp);
@@ -2191,9 +2116,7 @@ class PeerStream<Frame extends Numbered> {
     this.catchUp = undefined;
     for (const { frame } of inOrder(catchUp.held)) this.receive(frame);
     if (last === undefined || cursor === undefined) return 0;
-    let missing = 0;
-    for (let number = cursor + 1; number <= last; number++)
-      if (number <= last - REMEMBERED || !this.#window.has(number)) missing++;
+    const missing = this.#missing(cursor + 1, last);
     this.cursor = last;
     return missing;
   }
@@ -2232,6 +2155,14 @@ class PeerStream<Frame extends Numbered> {
   #deliver(frame: Frame): void {
     this.#window.add(frame.number);
     this.#events.deliver(frame);
+  }
+
+  /** How many frames from one number to another have not come. */
+  #missing(from: number, to: number): number {
+    let missing = Math.max(0, to - from + 1);
+    for (let number = Math.max(from, to - REMEMBERED + 1); number <= to; number++)
+      missing -= Number(this.#window.has(number));
+    return missing;
   }
 
   #isMissing(predecessors: Iterable<number>): boolean {
@@ -2275,6 +2206,8 @@ const FEW_SERVERS = 8;
 const MANY_KEYS = 8;
 /** How many routing keys a frame has at most. RabbitMQ looks each of them up: 16 cost 10,000 messages/s, 64 4,000/s. */
 const MAX_KEYS = 64;
+/** What an entry of the `CC` header costs beyond its text (bytes). */
+const KEY_OVERHEAD = 5;
 
 /** What decides how frames are routed. */
 interface RoutingFacts {
@@ -2289,13 +2222,12 @@ interface RoutingFacts {
 /** Packets that wait to be put into frames, oldest first. They have no numbers yet, so one that is dropped leaves no hole. */
 class Batcher {
   bytes = 0;
-  /** A frame takes packets up to about this many bytes: so far below `maxPayload` that multi-byte text does not reach it. */
-  readonly #frameSize: number;
   #packets: Waiting[] = [];
   /** Where the oldest one stands. */
   #start = 0;
-
   readonly #maxBytes: number;
+  /** So far below `maxPayload` that multi-byte text does not reach it (bytes). */
+  readonly #frameSize: number;
   readonly #facts: RoutingFacts;
 
   constructor(maxBytes: number, maxPayload: number, facts: RoutingFacts) {
@@ -2313,19 +2245,18 @@ class Batcher {
     const bytes = contentBytes + WAITING_OVERHEAD;
     this.#packets.push({ to, parts, bytes, at });
     this.bytes += bytes;
-    return this.bytes > this.#maxBytes ? this.#drop((total) => total > this.#maxBytes) : 0;
+    return this.bytes > this.#maxBytes ? this.#dropWhile(() => this.bytes > this.#maxBytes) : 0;
   }
 
   /** Drops what was emitted before a time, and returns how many. */
   expire(before: number): number {
-    return this.#drop((_, { at }) => at < before);
+    return this.#dropWhile(({ at }) => at < before);
   }
 
   dropVolatile(): void {
-    const kept = this.#packets.slice(this.#start).filter(({ to }) => !to.volatile);
-    this.#packets = kept;
+    this.#packets = this.#packets.slice(this.#start).filter(({ to }) => !to.volatile);
     this.#start = 0;
-    this.bytes = kept.reduce((sum, { bytes }) => sum + bytes, 0);
+    this.bytes = this.#packets.reduce((sum, { bytes }) => sum + bytes, 0);
   }
 
   /** Whether a frame made now would be smaller than one made later. */
@@ -2340,24 +2271,23 @@ class Batcher {
   take(): { packets: Waiting[]; keys: readonly string[] } | undefined {
     const first = this.#packets[this.#start];
     if (!first) return undefined;
+    const packets: Waiting[] = [];
     const maxKeys = this.#maxKeys(first.to);
     const keys = new Set(first.to.keys);
-    let bytes = 0;
-    let end = this.#start;
+    let content = 0;
     let previous = first.to;
-    for (let next: Waiting | undefined = first; next; next = this.#packets[++end]) {
+    for (let next: Waiting | undefined = first; next; next = this.#packets[this.#start]) {
       const { to } = next;
+      content += next.bytes - WAITING_OVERHEAD;
+      if (content > this.#frameSize && packets.length > 0) break;
       if (!isSame(to, previous)) {
         if (!mayShare(to, first.to) || keys.size + to.keys.length > maxKeys) break;
         for (const key of to.keys) keys.add(key);
+        previous = to;
       }
-      previous = to;
-      const content = next.bytes - WAITING_OVERHEAD;
-      if (end > this.#start && bytes + content > this.#frameSize) break;
-      bytes += content;
+      packets.push(next);
+      this.#shift(next);
     }
-    const packets = this.#packets.slice(this.#start, end);
-    this.#advance(end, bytes + packets.length * WAITING_OVERHEAD);
     return { packets, keys: this.#route(packets, keys) };
   }
 
@@ -2368,38 +2298,31 @@ class Batcher {
     return this.#facts.severalKeys() ? MAX_KEYS : 1;
   }
 
-  #route(packets: Waiting[], keys: Set<string>): readonly string[] {
-    const facts = this.#facts;
-    const [first] = packets;
+  #route([first, ...others]: Waiting[], keys: Set<string>): readonly string[] {
     if (!first || keys.size === 1) return [...keys];
     const everyone = [namespaceKey(first.to.nsp)];
-    const isOne = packets.every(({ to }) => isSame(to, first.to));
-    if (!isOne && keys.size >= Math.max(MANY_KEYS, facts.servers(first.to.nsp))) return everyone;
+    const isForMany = keys.size >= Math.max(MANY_KEYS, this.#facts.servers(first.to.nsp));
+    if (isForMany && !others.every(({ to }) => isSame(to, first.to))) return everyone;
     let bytes = 0;
     for (const key of keys) bytes += KEY_OVERHEAD + key.length * 3;
-    return facts.severalKeys() && bytes <= facts.maxKeyBytes() ? [...keys] : everyone;
+    return this.#facts.severalKeys() && bytes <= this.#facts.maxKeyBytes() ? [...keys] : everyone;
   }
 
-  #drop(test: (bytes: number, packet: Waiting) => boolean): number {
-    let end = this.#start;
+  #dropWhile(test: (packet: Waiting) => boolean): number {
     let dropped = 0;
-    let bytes = 0;
-    for (let packet = this.#packets[end]; packet && test(this.bytes - bytes, packet); packet = this.#packets[++end]) {
-      bytes += packet.bytes;
+    for (let packet = this.#packets[this.#start]; packet && test(packet); packet = this.#packets[this.#start]) {
+      this.#shift(packet);
       dropped += Number(!packet.to.volatile);
     }
-    this.#advance(end, bytes);
     return dropped;
   }
 
-  #advance(start: number, bytes: number): void {
+  /** Removes the oldest one. */
+  #shift({ bytes }: Waiting): void {
     this.bytes -= bytes;
-    this.#start = start;
-    if (start < 1_024 || start < this.#packets.length / 2) {
-      if (start === this.#packets.length) this.#packets.length = this.#start = 0;
-      return;
-    }
-    this.#packets = this.#packets.slice(start);
+    this.#start++;
+    if (this.#start * 2 < this.#packets.length) return;
+    this.#packets.splice(0, this.#start);
     this.#start = 0;
   }
 }
@@ -2412,127 +2335,105 @@ const isSame = (a: Destination, b: Destination): boolean =>
 const mayShare = (a: Destination, b: Destination): boolean =>
   a.nsp === b.nsp && a.volatile === b.volatile && a.kind !== SectionKind.Direct && b.kind !== SectionKind.Direct;
 
-/** What an entry of the `CC` header costs beyond its text (bytes). */
-const KEY_OVERHEAD = 5;
-/** How many bytes of a frame header the message's other properties may take. */
-const HEADER_RESERVE = 1_024;
-/** How many bytes of a record of the log stand before its frame: its size, the frame's, and when it was made. */
-const RECORD = 16;
-const MIN_LOG = 64 * 1024;
+/** The log's memory comes in blocks of this many bytes, or less where `journal.bytes` is small; a larger frame has its own. */
+const BLOCK = 256 * 1024;
+
+/** Consecutive frames, one behind the other. */
+interface Block {
+  readonly buffer: Buffer;
+  /** The number of its first frame. */
+  readonly first: number;
+  /** Of each frame: where it begins, how many bytes it has, and when it was made (ms, monotonic). */
+  readonly starts: number[];
+  readonly sizes: number[];
+  readonly times: number[];
+  end: number;
+}
 
 /**
- * The published frames of the last `journal.ms`, in one ring: `[size][frame size][time][frame]` one behind the other, the
- * oldest overwritten first. It grows by doubling, up to `journal.bytes`, or beyond where what is not confirmed needs more. One
- * buffer, for as objects some hundred thousand frames would cost the garbage collector more than all else done with them.
+ * The published frames of the last `journal.ms`, up to `journal.bytes`, or more where that is not confirmed. They stand in large
+ * blocks, for as objects some hundred thousand frames would cost the garbage collector more than all else done with them.
  */
 class SentLog {
-  /** The oldest number that it holds; its latest is `first + count - 1`. */
+  /** The oldest number that is held, or the next one. */
   first = 1;
-  count = 0;
+  /** How many bytes the frames take. */
   bytes = 0;
-  #ring = Buffer.alloc(0);
-  /** Where the oldest record begins, and where the next one goes. */
-  #head = 0;
-  #tail = 0;
-  /** Where a number's record was found last, for reading on. */
-  #bookmark = { number: 0, offset: 0 };
-
-  readonly maxBytes: number;
+  #next = 1;
+  readonly #blocks: Block[] = [];
+  /** A block's memory that is free: what is used again costs no page faults. */
+  #spare: Buffer | undefined;
+  readonly #maxBytes: number;
+  readonly #blockSize: number;
 
   constructor(maxBytes: number) {
-    this.maxBytes = maxBytes;
+    this.#maxBytes = maxBytes;
+    this.#blockSize = Math.min(BLOCK, Math.ceil(maxBytes / 16));
   }
 
   /** Room for the frame with the next number. Numbers up to `floor` may be forgotten for it. */
   append(size: number, at: number, floor: number): Buffer {
-    const needed = RECORD + size;
-    while (!this.#fits(needed)) {
-      const mayForget = this.count > 0 && this.first <= floor;
-      if (mayForget && this.#ring.length * 2 > this.maxBytes) this.#forget();
-      else this.#resize(Math.max(this.#ring.length * 2, MIN_LOG, 2 ** Math.ceil(Math.log2(needed * 2))));
+    while (this.bytes + size > this.#maxBytes && this.#forget(floor));
+    let block = this.#blocks.at(-1);
+    if (!block || block.end + size > block.buffer.length) {
+      block = { buffer: this.#allocate(size), first: this.#next, starts: [], sizes: [], times: [], end: 0 };
+      this.#blocks.push(block);
     }
-    if (this.#tail + needed > this.#ring.length) this.#wrap();
-    const start = this.#tail;
-    this.#ring.writeUInt32LE(needed, start);
-    this.#ring.writeUInt32LE(size, start + 4);
-    this.#ring.writeDoubleLE(at, start + 8);
-    this.#tail = start + needed;
-    this.count++;
-    this.bytes += needed;
-    return this.#ring.subarray(start + RECORD, start + needed);
+    block.starts.push(block.end);
+    block.sizes.push(size);
+    block.times.push(at);
+    block.end += size;
+    this.bytes += size;
+    this.#next++;
+    return block.buffer.subarray(block.end - size, block.end);
   }
 
-  /** A frame that is held; it is overwritten sometime after the next `append()`. */
+  /** A frame that is held. Its bytes may be overwritten after the next `append()`. */
   get(number: number): Buffer | undefined {
-    const start = this.#find(number);
-    if (start === undefined) return undefined;
-    return this.#ring.subarray(start + RECORD, start + RECORD + this.#ring.readUInt32LE(start + 4));
+    const block = this.#blockOf(number);
+    if (!block) return undefined;
+    const [start = 0, size = 0] = [block.starts[number - block.first], block.sizes[number - block.first]];
+    return block.buffer.subarray(start, start + size);
   }
 
   /** Leaves a frame without content, so that its number is no hole. */
   withdraw(number: number): void {
-    const start = this.#find(number);
-    if (start === undefined) return;
-    emptyFrame(this.#ring.subarray(start + RECORD));
-    this.#ring.writeUInt32LE(EMPTY_FRAME, start + 4);
+    const [block, frame] = [this.#blockOf(number), this.get(number)];
+    if (!block || !frame) return;
+    emptyFrame(frame);
+    block.sizes[number - block.first] = EMPTY_FRAME;
+    this.bytes -= frame.length - EMPTY_FRAME;
   }
 
-  /** Forgets what was made before a time and is confirmed up to `floor`; gives memory back. */
+  /** Forgets what was made before a time and is confirmed up to `floor`. */
   expire(before: number, floor: number): void {
-    while (this.count > 0 && this.first <= floor && this.#ring.readDoubleLE(this.#head + 8) < before) this.#forget();
-    if (this.count === 0) {
-      this.#ring = Buffer.alloc(0);
-      this.#head = this.#tail = 0;
-    } else if (this.#ring.length > MIN_LOG && this.bytes < this.#ring.length / 4) this.#resize(this.#ring.length / 2);
+    while (this.#forget(floor, before));
+    if (this.#blocks.length === 0) this.#spare = undefined;
   }
 
-  #find(number: number): number | undefined {
-    if (number < this.first || number >= this.first + this.count) return undefined;
-    let { number: at, offset } = this.#bookmark;
-    if (at < this.first || at > number) [at, offset] = [this.first, this.#head];
-    for (; at < number; at++) offset = this.#after(offset);
-    this.#bookmark = { number, offset };
-    return offset;
+  #blockOf(number: number): Block | undefined {
+    if (number < this.first || number >= this.#next) return undefined;
+    return this.#blocks.findLast(({ first }) => first <= number);
   }
 
-  /** Where the record behind this one begins: at 0, where the rest of the ring is too short for one or marked as unused. */
-  #after(offset: number): number {
-    const next = offset + this.#ring.readUInt32LE(offset);
-    return next + RECORD > this.#ring.length || this.#ring.readUInt32LE(next) === 0 ? 0 : next;
-  }
-
-  #fits(needed: number): boolean {
-    if (this.count === 0) {
-      this.#head = this.#tail = 0;
-      return needed <= this.#ring.length;
-    }
-    if (this.#tail > this.#head) return this.#tail + needed <= this.#ring.length || needed <= this.#head;
-    return this.#tail + needed <= this.#head;
-  }
-
-  #wrap(): void {
-    if (this.#tail + 4 <= this.#ring.length) this.#ring.writeUInt32LE(0, this.#tail);
-    this.#tail = 0;
-  }
-
-  #forget(): void {
-    this.bytes -= this.#ring.readUInt32LE(this.#head);
-    this.count--;
+  /** Forgets the oldest frame if it is confirmed and old enough; with the last one of a block its memory. */
+  #forget(floor: number, before = Infinity): boolean {
+    const [block] = this.#blocks;
+    if (!block || this.first > floor) return false;
+    const index = this.first - block.first;
+    if ((block.times[index] ?? 0) >= before) return false;
+    this.bytes -= block.sizes[index] ?? 0;
     this.first++;
-    if (this.count > 0) this.#head = this.#after(this.#head);
+    if (index < block.sizes.length - 1) return true;
+    this.#blocks.shift();
+    if (block.buffer.length === this.#blockSize) this.#spare = block.buffer;
+    return true;
   }
 
-  #resize(size: number): void {
-    const ring = Buffer.allocUnsafeSlow(size);
-    let end = 0;
-    for (let i = 0, offset = this.#head; i < this.count; i++) {
-      end += this.#ring.copy(ring, end, offset, offset + this.#ring.readUInt32LE(offset));
-      if (i < this.count - 1) offset = this.#after(offset);
-    }
-    this.#ring = ring;
-    this.#head = 0;
-    this.#tail = end;
-    this.#bookmark = { number: 0, offset: 0 };
+  #allocate(size: number): Buffer {
+    const spare = this.#spare;
+    this.#spare = undefined;
+    return size <= this.#blockSize && spare ? spare : Buffer.allocUnsafeSlow(Math.max(size, this.#blockSize));
   }
 }
 
@@ -2588,13 +2489,17 @@ class Publisher {
   /** The number of the last frame that was published, and the one up to which all are confirmed. */
   number = 0;
   floor = 0;
-  /** Whether the broker takes no messages for a while, for it lacks memory or disk. */
-  #blocked = false;
   framesSent = 0;
   packetsSent = 0;
   readonly log: SentLog;
   readonly batcher: Batcher;
+  readonly #uid: string;
+  readonly #journalMs: number;
+  readonly #events: PublisherEvents;
+  readonly #now: () => number;
   #transmit: Transmit | undefined;
+  /** Whether the broker takes no messages for a while, for it lacks memory or disk. */
+  #blocked = false;
   #flights: Flight[] = [];
   #bytesInFlight = 0;
   #publishedAt = -Infinity;
@@ -2602,24 +2507,19 @@ class Publisher {
   #turnAt: number | undefined;
   readonly #waiters: (() => void)[] = [];
 
-  readonly uid: string;
-  readonly limits: Pick<Settings, "maxQueued" | "maxPayload" | "journal">;
-  readonly events: PublisherEvents;
-  readonly now: () => number;
-
   constructor(
     uid: string,
-    limits: Pick<Settings, "maxQueued" | "maxPayload" | "journal">,
+    { maxQueued, maxPayload, journal }: Pick<Settings, "maxQueued" | "maxPayload" | "journal">,
     facts: RoutingFacts,
     events: PublisherEvents,
     now: () => number = () => performance.now(),
   ) {
-    this.uid = uid;
-    this.limits = limits;
-    this.events = events;
-    this.now = now;
-    this.batcher = new Batcher(limits.maxQueued, limits.maxPayload, facts);
-    this.log = new SentLog(limits.journal.bytes);
+    this.#uid = uid;
+    this.#journalMs = journal.ms;
+    this.#events = events;
+    this.#now = now;
+    this.batcher = new Batcher(maxQueued, maxPayload, facts);
+    this.log = new SentLog(journal.bytes);
   }
 
   /** Whether frames leave at once: the connection is up and the broker takes messages. */
@@ -2676,74 +2576,79 @@ class Publisher {
 
   add(to: Destination, parts: readonly Part[], bytes: number): void {
     if (to.volatile && !this.ready) return;
-    const dropped = this.batcher.add(to, parts, bytes, (this.#turnAt ??= this.now()));
-    if (dropped > 0) this.events.dropped(dropped);
+    const dropped = this.batcher.add(to, parts, bytes, (this.#turnAt ??= this.#now()));
+    if (dropped > 0) this.#events.dropped(dropped);
   }
 
   readonly flush = (): void => {
     this.#turnAt = undefined;
     while (this.ready && this.#bytesInFlight < IN_FLIGHT && this.batcher.size > 0) {
       const wait = this.#flights.length > 0 && this.batcher.mayGrow ? this.#untilNext() : 0;
-      if (wait > 0) return this.events.flushIn(wait);
+      if (wait > 0) return this.#events.flushIn(wait);
       this.#publish();
     }
   };
 
   /** Forgets what is older than the journal keeps it; packets that wait only while the broker is away. */
   expire(): void {
-    const before = this.now() - this.limits.journal.ms;
+    const before = this.#now() - this.#journalMs;
     this.log.expire(before, this.floor);
     const dropped = this.ready ? 0 : this.batcher.expire(before);
-    if (dropped > 0) this.events.dropped(dropped);
+    if (dropped > 0) this.#events.dropped(dropped);
   }
 
   /** Resolves once all that was added is confirmed. */
   drained(): Promise<void> {
-    if (this.#isDrained()) return Promise.resolve();
-    return new Promise((resolve) => this.#waiters.push(resolve));
+    return new Promise((resolve) => {
+      this.#waiters.push(resolve);
+      this.#settle();
+    });
   }
 
   /** The broker has refused a frame as too large: the largest that is unconfirmed is given up. Returns its size. */
   giveUpLargest(): number {
-    const weight = (flight: Flight) => (flight.confirmed ? -1 : flight.size + flight.keys.join().length);
-    const largest = this.#flights.reduce(
-      (max, flight, i) => (weight(flight) > weight(this.#flights[max]!) ? i : max),
-      0,
-    );
-    const flight = this.#flights[largest];
-    if (!flight || flight.confirmed) return 0;
-    this.log.withdraw(flight.number); // the number stays, so nobody misses it
-    this.#flights[largest] = { ...flight, keys: flight.keys.slice(0, 1), size: EMPTY_FRAME, packets: 0 };
-    return weight(flight);
+    const weight = ({ size, keys }: Flight) => size + keys.join().length;
+    const unconfirmed = this.#flights.filter(({ confirmed }) => !confirmed);
+    const [largest] = unconfirmed.sort((a, b) => weight(b) - weight(a));
+    if (!largest) return 0;
+    this.log.withdraw(largest.number); // the number stays, so nobody misses it
+    const empty = { ...largest, keys: largest.keys.slice(0, 1), size: EMPTY_FRAME, packets: 0 };
+    this.#flights = this.#flights.map((flight) => (flight === largest ? empty : flight));
+    return weight(largest);
   }
 
   #untilNext(): number {
     const spacing = this.#flights.length < WINDOW ? SPACING : STALLED_SPACING;
-    return this.#publishedAt + spacing - this.now();
+    return this.#publishedAt + spacing - this.#now();
   }
 
   #publish(): void {
-    const next = this.batcher.take();
-    const to = next?.packets[0]?.to;
-    if (!next || !to) return;
+    const { packets, keys } = this.batcher.take() ?? { packets: [], keys: [] };
+    const to = packets[0]?.to;
+    if (!to) return;
     const number = to.volatile ? 0 : ++this.number;
-    const content = new FrameContent(next.packets, to.volatile ? [] : predecessorsIn(this.#flights, number));
-    const size = content.size;
-    const body = to.volatile ? Buffer.allocUnsafe(size) : this.log.append(size, this.now(), this.floor);
-    content.write(body, this.uid, number, this.floor);
-    const direct = to.kind === SectionKind.Direct;
-    const packets = next.packets.length;
-    const digests = next.keys.slice(0, MAX_DIGESTS).map(digestOf);
-    const flight: Flight = { number, keys: next.keys, direct, size, packets, digests, confirmed: false };
+    const predecessors = to.volatile ? [] : predecessorsIn(this.#flights, number);
+    const allocate = (size: number) =>
+      to.volatile ? Buffer.allocUnsafe(size) : this.log.append(size, this.#now(), this.floor);
+    const body = writeFrame(allocate, this.#uid, number, this.floor, packets, predecessors);
+    const flight: Flight = {
+      number,
+      keys,
+      direct: to.kind === SectionKind.Direct,
+      size: body.length,
+      packets: packets.length,
+      digests: keys.slice(0, MAX_DIGESTS).map(digestOf),
+      confirmed: false,
+    };
     this.#flights.push(flight);
-    this.packetsSent += packets;
+    this.packetsSent += packets.length;
     this.#send(flight, body);
   }
 
   #send(flight: Flight, body: Buffer): void {
     const transmit = this.#transmit;
     this.#bytesInFlight += flight.size;
-    this.#publishedAt = this.now();
+    this.#publishedAt = this.#now();
     this.framesSent++;
     transmit?.({ keys: flight.keys, body, direct: flight.direct }, (outcome) => {
       // What is refused is not sent again: others have it, and a server whose queue was gone asks when it is back.
@@ -2755,36 +2660,24 @@ class Publisher {
     });
   }
 
+  /** Moves the floor. */
   #settle(): void {
-    let settled = 0;
-    for (const { confirmed, number } of this.#flights) {
-      if (!confirmed) break;
-      settled++;
-      if (number > 0) this.floor = number;
-    }
-    if (settled > 0) this.#flights.splice(0, settled);
-    if (this.#flights.length === 0) this.floor = this.number;
-    if (this.#isDrained()) for (const resolve of this.#waiters.splice(0)) resolve();
-  }
-
-  #isDrained(): boolean {
-    return this.#flights.length === 0 && this.batcher.size === 0;
+    const unconfirmed = this.#flights.findIndex(({ confirmed }) => !confirmed);
+    const settled = this.#flights.splice(0, unconfirmed < 0 ? this.#flights.length : unconfirmed);
+    this.floor = settled.findLast(({ number }) => number > 0)?.number ?? this.floor;
+    if (this.#flights.length > 0) return;
+    this.floor = this.number;
+    if (this.batcher.size === 0) for (const resolve of this.#waiters.splice(0)) resolve();
   }
 }
 
 /** Unconfirmed frames before the one with this number: how many numbers back each is, and the digest of each of its keys. */
 function predecessorsIn(flights: readonly Flight[], next: number): number[] {
-  const predecessors: number[] = [];
-  const first = Math.max(0, flights.length - MAX_PREDECESSORS);
-  for (let i = flights.length - 1; i >= first; i--) {
-    const { number, confirmed, digests } = flights[i]!;
-    if (number === 0 || confirmed) continue;
-    for (const digest of digests) {
-      if (predecessors.length === 2 * MAX_DIGESTS) return predecessors;
-      predecessors.push(next - number, digest);
-    }
-  }
-  return predecessors;
+  const unconfirmed = flights.slice(-MAX_PREDECESSORS).filter(({ number, confirmed }) => number > 0 && !confirmed);
+  const predecessors = unconfirmed
+    .reverse()
+    .flatMap(({ number, digests }) => digests.flatMap((digest) => [next - number, digest]));
+  return predecessors.slice(0, 2 * MAX_DIGESTS);
 }
 
 /** Tells what is published under a routing key from all else, but for one in 2^32. */
@@ -3305,6 +3198,7 @@ async function openLane(model: AmqpConnection): Promise<Channel> {
 
 // ── Connections ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
+type ConnectionContext = Pick<Context, "settings" | "reports" | "changed">;
 interface ConnectionEvents {
   /** Everything that has to be done on a new connection, at the start and after each loss. */
   up(model: AmqpConnection, lose: Lose): Promise<void>;
@@ -3330,26 +3224,16 @@ class Connection {
   /** How often it has come up again. */
   reconnects = -1;
   readonly #name: "consuming" | "publishing";
-  readonly #settings: Settings;
-  readonly #report: (error: Error) => void;
-  readonly #changed: (event: "connect" | "disconnect") => void;
+  readonly #context: ConnectionContext;
   readonly #events: ConnectionEvents;
   #closed = false;
   #wake: (() => void) | undefined;
   #lose: Lose | undefined;
   #running: Promise<void> | undefined;
 
-  constructor(
-    name: "consuming" | "publishing",
-    settings: Settings,
-    report: (error: Error) => void,
-    changed: (event: "connect" | "disconnect") => void,
-    events: ConnectionEvents,
-  ) {
+  constructor(name: "consuming" | "publishing", context: ConnectionContext, events: ConnectionEvents) {
     this.#name = name;
-    this.#settings = settings;
-    this.#report = report;
-    this.#changed = changed;
+    this.#context = context;
     this.#events = events;
   }
 
@@ -3382,20 +3266,21 @@ class Connection {
         this.reconnects++;
         reported = undefined;
         this.#events.live();
-        this.#changed("connect");
+        this.#context.changed("connect", this.#name);
         error = await lost;
       } catch (reason) {
         error = asError(reason);
       }
       if (this.upSince !== undefined && performance.now() - this.upSince > STABLE) attempt = 0;
-      if (this.upSince !== undefined) this.#changed("disconnect");
+      if (this.upSince !== undefined) this.#context.changed("disconnect", this.#name);
       this.upSince = undefined;
       this.#events.down(error);
       if (model) await release(model);
       this.#lose = undefined;
       if (this.#closed) return;
       // Once per outage, unless there is news.
-      if (kindOf(error) !== reported) this.#report(explain(error, this.#name, this.#settings.prefix));
+      const { reports, settings } = this.#context;
+      if (kindOf(error) !== reported) reports.report(explain(error, this.#name, settings.prefix));
       reported = kindOf(error);
       await this.#pause(backoff(attempt, error));
     }
@@ -3405,7 +3290,7 @@ class Connection {
   async #open(): Promise<AmqpConnection> {
     let late = false;
     const opening = (async () => {
-      const model = await this.#settings.amqpConnection();
+      const model = await this.#context.settings.amqpConnection();
       if (typeof model?.createConfirmChannel !== "function" || typeof model.close !== "function")
         throw new TypeError(`amqpConnection returned ${Bun.inspect(model)}, not what amqplib's connect() returns`);
       if (used.has(model))
@@ -3533,11 +3418,6 @@ function watched<C extends Channel>(channel: C, lose: Lose): C {
   return channel;
 }
 
-/** Closes a channel of a connection that stays. */
-function discard(channel: Channel | undefined): void {
-  channel?.close().catch((error) => debug("close: %s", asError(error).message)); // it has been closed
-}
-
 // ── The wire: frames, each an AMQP message with packets for one namespace ────────────────────────────────────────────
 //
 //  0       1       2         10       16      22      24        28        32
@@ -3615,67 +3495,52 @@ function emptyFrame(frame: Buffer): void {
   frame.writeUInt32LE(0, 28);
 }
 
-/** What a frame is made of, measured before there is a buffer for it. Packets for the same rooms make one section. */
-class FrameContent {
-  readonly size: number;
-  readonly #packets: number;
-  readonly #words: Uint32Array;
-  readonly #text: string;
-  readonly #binaries: Uint8Array[] = [];
-
-  constructor(packets: readonly Waiting[], predecessors: readonly number[]) {
-    const nsp = packets[0]?.to.nsp ?? "";
-    const sections: number[] = [];
-    let parts = 0;
-    for (const packet of packets) parts += packet.parts.length;
-    const lengths = new Uint32Array(parts);
-    let at = 0;
-    let heads = nsp;
-    let text = "";
-    let binaryBytes = 0;
-    let section: Destination | undefined;
-    for (const { to, parts } of packets) {
-      if (!section || !isSame(to, section)) {
-        section = to;
-        heads += to.head;
-        sections.push(to.kind + to.head.length * 8, 0);
-      }
-      sections[sections.length - 1]! += parts.length;
-      for (let i = 1; i <= parts.length; i++) {
-        const part = parts[i - 1]!;
-        const more = i < parts.length ? MORE_PARTS : 0;
-        if (typeof part === "string") {
-          text += part;
-          lengths[at++] = part.length + more;
-        } else {
-          this.#binaries.push(part);
-          binaryBytes += part.length;
-          lengths[at++] = part.length + more + BINARY;
-        }
-      }
+/** Writes a frame into a buffer that `allocate` gives. Packets for the same rooms make one section. */
+function writeFrame(
+  allocate: (size: number) => Buffer,
+  sender: string,
+  number: number,
+  floor: number,
+  packets: readonly Waiting[],
+  predecessors: readonly number[],
+): Buffer {
+  const nsp = packets[0]?.to.nsp ?? "";
+  const sections: number[] = [];
+  const lengths: number[] = [];
+  const binaries: Uint8Array[] = [];
+  let heads = nsp;
+  let text = "";
+  let section: Destination | undefined;
+  for (const { to, parts } of packets) {
+    if (!section || !isSame(to, section)) {
+      section = to;
+      heads += to.head;
+      sections.push(to.kind + to.head.length * 8, 0);
     }
-    this.#packets = packets.length;
-    this.#text = heads + text;
-    this.#words = new Uint32Array(3 + sections.length + predecessors.length + lengths.length);
-    this.#words.set([nsp.length, sections.length / 2, predecessors.length / 2]);
-    this.#words.set(sections, 3);
-    this.#words.set(predecessors, 3 + sections.length);
-    this.#words.set(lengths, 3 + sections.length + predecessors.length);
-    this.size = HEADER + this.#words.byteLength + Buffer.byteLength(this.#text) + binaryBytes;
-  }
-
-  write(frame: Buffer, sender: string, number: number, floor: number): void {
-    writeHeader(frame, FrameKind.Packets, sender, number, floor);
-    frame.writeUInt32LE(this.#words.length, 24);
-    frame.writeUInt32LE(this.#packets, 28);
-    frame.set(new Uint8Array(this.#words.buffer), HEADER);
-    let offset = HEADER + this.#words.byteLength;
-    offset += frame.write(this.#text, offset);
-    for (const binary of this.#binaries) {
-      frame.set(binary, offset);
-      offset += binary.length;
+    sections[sections.length - 1]! += parts.length;
+    for (const part of parts) {
+      lengths.push(part.length + MORE_PARTS + (typeof part === "string" ? 0 : BINARY));
+      if (typeof part === "string") text += part;
+      else binaries.push(part);
     }
+    lengths[lengths.length - 1]! -= MORE_PARTS;
   }
+  text = heads + text;
+  const counts = [nsp.length, sections.length / 2, predecessors.length / 2];
+  const words = Uint32Array.of(...counts, ...sections, ...predecessors, ...lengths);
+  const binaryBytes = binaries.reduce((sum, { length }) => sum + length, 0);
+  const frame = allocate(HEADER + words.byteLength + Buffer.byteLength(text) + binaryBytes);
+  writeHeader(frame, FrameKind.Packets, sender, number, floor);
+  frame.writeUInt32LE(words.length, 24);
+  frame.writeUInt32LE(packets.length, 28);
+  frame.set(new Uint8Array(words.buffer), HEADER);
+  let offset = HEADER + words.byteLength;
+  offset += frame.write(text, offset);
+  for (const binary of binaries) {
+    frame.set(binary, offset);
+    offset += binary.length;
+  }
+  return frame;
 }
 
 /** The header. What is behind it is read when somebody wants it. */
