@@ -2437,6 +2437,152 @@ describe("an adapter", () => {
   });
 });
 
+describe("connection state recovery", () => {
+  /** Servers that keep sessions. */
+  const recovering = (options?: Options, server?: HostOptions) =>
+    cluster({ requestsTimeout: 2_000, ...options }, { connectionStateRecovery: {}, ...server });
+
+  /** A client that can be lost, and come back to any server. */
+  class Guest {
+    readonly client: ClientSocket;
+    readonly heard: unknown[][] = [];
+    readonly #nsp: string;
+
+    constructor({ port }: { port: number }, nsp = "/", options: ClientOptions = {}) {
+      this.#nsp = nsp;
+      const url = `http://127.0.0.1:${port}`;
+      this.client = new Manager(url, { transports: ["websocket"], reconnection: false, ...options }).socket(nsp);
+      closers.unshift(() => this.client.disconnect());
+      // Without the offset, which comes last.
+      this.client.onAny((...event: unknown[]) => this.heard.push(event.slice(0, -1)));
+    }
+
+    static async at(host: Host, rooms: string[] = [], nsp = "/", options: ClientOptions = {}): Promise<Guest> {
+      const guest = new Guest(host, nsp, options);
+      await guest.connected();
+      const socket = guest.on(host);
+      await socket.join(rooms);
+      const first = received(guest.client, "welcome");
+      socket.emit("welcome");
+      await first;
+      guest.heard.length = 0;
+      return guest;
+    }
+
+    on({ io }: Host): Socket {
+      const socket = io.of(this.#nsp).sockets.get(this.client.id ?? "");
+      if (!socket) throw new Error(`no socket ${this.client.id}`);
+      return socket;
+    }
+
+    async connected(): Promise<void> {
+      await received(this.client, "connect");
+    }
+
+    /** Loses its connection. */
+    async leave(): Promise<void> {
+      const lost = received(this.client, "disconnect");
+      this.client.io.engine.close();
+      await lost;
+    }
+
+    /** Comes back to a server; whether that knows it. */
+    async back({ port }: { port: number }): Promise<boolean> {
+      Object.assign(this.client.io, { uri: `http://127.0.0.1:${port}` });
+      const connected = this.connected();
+      this.client.connect();
+      await connected;
+      return this.client.recovered;
+    }
+
+    get numbers(): unknown[] {
+      return this.heard.map(([, number]) => number);
+    }
+  }
+
+  const noticed = ({ io }: Host) => eventually(() => expect(io.of("/").sockets.size).toBe(0));
+  const bySender = (heard: unknown[][], sender: string) =>
+    heard.filter(([, from]) => from === sender).map(([, , number]) => number);
+
+  test.each([
+    ["its own server", 0],
+    ["another server", 1],
+  ])("gives a client that comes back to %s its id, rooms, data and what it missed", async (_, to) => {
+    const nodes = await recovering();
+    const [a, b, c] = nodes;
+    const guest = await Guest.at(a, ["red", "blue"]);
+    const { id } = guest.client;
+    guest.on(a).data = { name: "ann" };
+    await guest.leave();
+    await noticed(a);
+    const emitter = createEmitter({ amqpConnection, prefix });
+    closers.push(() => emitter.close());
+    await emitter.ready;
+    const emits: ((n: number) => unknown)[] = [
+      (n) => b.io.emit("n", n),
+      (n) => a.io.to("red").emit("n", n, { deep: Buffer.from("x") }),
+      (n) => c.io.to(["red", "blue"]).emit("n", n),
+      (n) => b.io.to(id ?? "").emit("n", n),
+      (n) => b.io.to("blue").except("green").emit("n", n),
+      (n) => emitter.to("red").emit("n", n),
+    ];
+    for (const [n, emit] of emits.entries()) {
+      emit(n);
+      await eventually(() => expect(a.adapter.stats).toMatchObject({ queued: 0, unconfirmed: 0 }));
+      await eventually(() => expect(b.adapter.stats).toMatchObject({ queued: 0, unconfirmed: 0 }));
+      await eventually(() => expect(c.adapter.stats).toMatchObject({ queued: 0, unconfirmed: 0 }));
+    }
+    for (const { io } of [a, b]) {
+      io.to("red").except("blue").emit("not for it");
+      io.to("green").emit("not for it");
+      io.volatile.emit("not for it");
+      io.of("/chat").emit("not for it");
+    }
+    const node = nodes[to] ?? a;
+    await settled();
+    expect(await guest.back(node)).toBe(true);
+    expect(guest.client.id).toBe(id);
+    const socket = guest.on(node);
+    expect([socket.data, [...socket.rooms].toSorted()]).toEqual([{ name: "ann" }, ["blue", id, "red"].toSorted()]);
+    c.io.to("blue").emit("n", 6);
+    await eventually(() => expect(guest.numbers).toEqual([0, 1, 2, 3, 4, 5, 6]));
+    expect(guest.heard[1]?.[2]).toEqual({ deep: Buffer.from("x") });
+  });
+
+  test("is exact while several servers emit and clients come back to any of them again and again", async () => {
+    const nodes = await recovering();
+    const guests = await Promise.all(Array.from({ length: 6 }, (_, i) => Guest.at(nodes[i % 3] ?? nodes[0], ["red"])));
+    const over = Promise.withResolvers<void>();
+    const emitting = nodes.map(async ({ io }, sender) => {
+      let number = 0;
+      let isOver = false;
+      void over.promise.then(() => (isOver = true));
+      for (; !isOver; await Bun.sleep(4)) io.to("red").emit("n", String(sender), number++);
+      return number;
+    });
+    let recovered = 0;
+    await Promise.all(
+      guests.map(async (guest, g) => {
+        for (let i = 0; i < 10; i++) {
+          await guest.leave();
+          await Bun.sleep((g * 7 + i * 13) % 40);
+          const isKnown = await guest.back(nodes[(g + i) % 3] ?? nodes[0]);
+          recovered += Number(isKnown);
+        }
+      }),
+    );
+    over.resolve();
+    const counts = await Promise.all(emitting);
+    expect(recovered).toBe(60);
+    for (const { heard } of guests)
+      for (const [sender, count] of counts.entries()) {
+        await eventually(() => expect(bySender(heard, String(sender)).at(-1)).toBe(count - 1), 5_000);
+        const numbers = bySender(heard, String(sender));
+        expect(numbers).toEqual(Array.from({ length: count - Number(numbers[0]) }, (_, i) => Number(numbers[0]) + i));
+      }
+  }, 20_000);
+});
+
 describe("options", () => {
   const required = { amqpConnection: () => connect("amqp://127.0.0.1:1") };
   test.each<[option: string, value: unknown, expected: RegExp]>([

@@ -126,6 +126,12 @@ export interface AdapterOptions extends NodeOptions {
    */
   heartbeatTimeout?: number;
   /**
+   * With Socket.IO's `connectionStateRecovery`: how many bytes of delivered packets each namespace keeps for clients that may
+   * come back. Who has missed more than that begins anew.
+   * @default 67_108_864 (64 MiB)
+   */
+  recoveryBytes?: number;
+  /**
    * Arguments for the server's queue. With a limit of its length the broker drops messages, and nobody hears of it.
    * @default {}
    */
@@ -220,6 +226,7 @@ const ADAPTER_DEFAULTS = {
   requestsTimeout: 5_000,
   heartbeatInterval: 5_000,
   heartbeatTimeout: 10_000,
+  recoveryBytes: 64 * MiB,
   queueArguments: {},
   maxPayload: 16 * MiB,
   journal: { bytes: 64 * MiB, ms: 60_000 },
@@ -258,6 +265,7 @@ const ADAPTER_OPTIONS: Record<string, Expectation> = {
   requestsTimeout: milliseconds,
   heartbeatInterval: milliseconds,
   heartbeatTimeout: milliseconds,
+  recoveryBytes: bytes,
   queueArguments: ["an object", isRecord],
 };
 const EMITTER_OPTIONS: Record<string, Expectation> = {
@@ -332,10 +340,14 @@ interface Decoder {
 interface Socket {
   readonly id: SocketId;
   readonly rooms: Set<Room>;
-  readonly handshake: Record<string, unknown>;
+  readonly handshake: { readonly issued: number };
   readonly data: unknown;
   readonly acks: Map<number, unknown>;
-  readonly client: { writeToEngine(parts: unknown[], flags: object): void };
+  readonly client: { writeToEngine(parts: unknown[], flags: object): void; readonly conn: { close(): void } };
+  /** The private id of its session, with connection state recovery. */
+  readonly pid?: string;
+  packet(packet: { type: number; data: unknown[] }): void;
+  _onclose(reason: string): void;
   listenersAnyOutgoing?(): unknown[];
   notifyOutgoingListeners?(packet: Packet): void;
 }
@@ -358,6 +370,7 @@ const ACK = 3;
 /** How many ms after an acknowledged broadcast has timed out an answer may still come. */
 const ACK_GRACE = 1_000;
 const EVERYONE: BroadcastOptions = { rooms: new Set() };
+const NO_ROOMS: ReadonlyMap<Room, unknown> = new Map();
 /** Names that Socket.IO keeps for itself: a client's parser refuses the packet and closes its connection. */
 const RESERVED_EVENTS = new Set([
   "connect",
@@ -375,25 +388,43 @@ const apply: (this: Adapter, opts: BroadcastOptions, callback: (socket: Socket) 
 /** The local side of a namespace: its sockets, and what is written to them. */
 class LocalAdapter extends Adapter {
   declare readonly nsp: Namespace;
+  /** The sockets that are connected. */
+  protected readonly connected: ReadonlyMap<SocketId, Socket>;
   readonly #report: (error: Error) => void;
   readonly #maxDetails: number;
 
   constructor(nsp: Namespace, report: (error: Error) => void, maxPayload: number) {
     super(nsp);
+    this.connected = (nsp as Namespace & { sockets?: ReadonlyMap<SocketId, Socket> }).sockets ?? new Map();
     this.#report = report;
     this.#maxDetails = maxPayload / 4;
   }
 
   /** @internal Packets of a peer, handed to the local sockets as they are. */
-  onPackets({ kind, head }: Section, packets: () => Part[][]): void {
-    if (kind === SectionKind.Room) {
-      const sockets = this.#inRoom(head);
-      if (sockets.length > 0) this.writeTo(sockets, packets());
-      return;
-    }
+  onPackets({ kind, head }: Section, packets: () => Part[][], origin: Origin): void {
+    if (kind === SectionKind.Room) return this.deliver(this.#inRoom(head), head, packets, origin);
     const opts = kind === SectionKind.Options ? packetsHead(head) : EVERYONE;
-    const sockets = this.localSockets(opts);
-    if (sockets.length > 0) this.writeTo(sockets, packets(), opts.flags);
+    this.deliver(this.localSockets(opts), opts, packets, origin);
+  }
+
+  /** Encoded packets for these sockets, which are those of a room or of options. */
+  protected deliver(
+    sockets: Socket[],
+    target: string | BroadcastOptions,
+    packets: () => unknown[][],
+    _origin: Origin,
+    decoded?: Packet,
+  ): void {
+    if (sockets.length === 0) return;
+    this.writeTo(sockets, packets(), typeof target === "string" ? undefined : target.flags, decoded);
+  }
+
+  /** Delivers a packet to the local sockets; returns it encoded. */
+  protected broadcastLocally(packet: Packet, opts: BroadcastOptions, origin: Origin): unknown[] {
+    packet.nsp = this.nsp.name;
+    const parts = this.nsp.server.encoder.encode(packet);
+    this.deliver(this.localSockets(opts), opts, () => [parts], origin, packet);
+    return parts;
   }
 
   /** What `apply` finds, with nothing made for a room that nobody is in: the most frequent case by far. */
@@ -402,7 +433,7 @@ class LocalAdapter extends Adapter {
     const ids = this.rooms.get(room);
     if (ids)
       for (const id of ids) {
-        const socket = (this.nsp as unknown as { sockets: Map<string, Socket> }).sockets.get(id);
+        const socket = this.connected.get(id);
         if (socket) sockets.push(socket);
       }
     return sockets;
@@ -478,9 +509,9 @@ class LocalAdapter extends Adapter {
     }, timeout + ACK_GRACE).unref();
   }
 
-  /** What a peer learns of a local socket, and about how long it is. What cannot be sent is left out and reported. */
-  #details({ id, handshake, rooms, data }: Socket): { value: unknown; size: number } {
-    const { sessionStore: _, ...rest } = handshake; // may hold circular references
+  /** What a peer learns of a local socket. What cannot be sent is left out and reported. */
+  #details({ id, handshake, rooms, data }: Socket): unknown {
+    const { sessionStore: _, ...rest } = handshake as { readonly sessionStore?: unknown }; // may hold circular references
     const max = this.#maxDetails;
     const left: string[] = [];
     const sendable = (name: string, value: unknown) => {
@@ -505,7 +536,7 @@ class LocalAdapter extends Adapter {
           `Of socket ${id}, ${left.join(", ")} cannot be sent to another server: not JSON, or over ${max} bytes`,
         ),
       );
-    return { value: details, size: lengthOf(details) };
+    return details;
   }
 
   /** @internal */
@@ -541,21 +572,30 @@ class LocalAdapter extends Adapter {
     this.nsp._onServerSideEmit([...args, callback]);
   }
 
-  /** What a peer learns of the matching sockets, in answers of a bounded size. */
+  /** What a peer learns of the matching sockets. */
   protected answerFetch({ id, opts }: Message & { type: "fetch" }, answer: (value: Answer) => void): void {
-    let sockets: unknown[] = [];
+    this.answerWith(
+      id,
+      this.localSockets(fromWire(opts)).map((socket) => this.#details(socket)),
+      answer,
+    );
+  }
+
+  /** Answers with a list, in parts of a bounded size. */
+  protected answerWith(id: string, list: readonly unknown[], answer: (value: Answer) => void): void {
+    let items: unknown[] = [];
     let size = 0;
-    for (const socket of this.localSockets(fromWire(opts))) {
-      const details = this.#details(socket);
-      if (sockets.length > 0 && size + details.size > this.#maxDetails) {
-        answer({ type: "sockets", id, sockets, more: true });
-        sockets = [];
+    for (const item of list) {
+      const itemSize = lengthOf(item);
+      if (items.length > 0 && size + itemSize > this.#maxDetails) {
+        answer({ type: "items", id, items, more: true });
+        items = [];
         size = 0;
       }
-      sockets.push(details.value);
-      size += details.size;
+      items.push(item);
+      size += itemSize;
     }
-    answer({ type: "sockets", id, sockets, more: false });
+    answer({ type: "items", id, items, more: false });
   }
 }
 
@@ -577,9 +617,15 @@ class BoundAdapter extends LocalAdapter {
     this.#travels = (room) => bound || !isSocketId(room);
   }
 
+  /** Rooms that stay bound though no socket is in them. */
+  protected get pinned(): ReadonlyMap<Room, unknown> {
+    return NO_ROOMS;
+  }
+
   /** @internal The routing keys of its rooms. */
   keys(): Iterable<string> {
-    return this.rooms
+    const rooms = this.pinned.size === 0 ? this.rooms : new Set(this.rooms.keys()).union(this.pinned);
+    return rooms
       .keys()
       .filter(this.#travels)
       .map((room) => roomKey(this.nsp.name, room));
@@ -587,29 +633,32 @@ class BoundAdapter extends LocalAdapter {
 
   /** @internal The rooms whose packets travel under a key. */
   roomsUnder(key: string): Room[] {
-    if (key.startsWith(HASHED)) return [...this.rooms.keys()].filter((room) => roomKey(this.nsp.name, room) === key);
-    if (!key.startsWith(`${this.key}#`)) return [];
-    return roomsNamed(key.slice(this.key.length + 1)).filter((room) => this.rooms.has(room));
+    const has = (room: Room) => this.rooms.has(room) || this.pinned.has(room);
+    if (!key.startsWith(HASHED)) {
+      if (!key.startsWith(`${this.key}#`)) return [];
+      return roomsNamed(key.slice(this.key.length + 1)).filter(has);
+    }
+    return [...this.rooms.keys(), ...this.pinned.keys()].filter((room) => roomKey(this.nsp.name, room) === key);
   }
 
   /** Resolves once every later emit anywhere reaches the socket; returns at once while the broker is away. */
   override addAll(id: SocketId, rooms: Set<Room>): Promise<void> | void {
     super.addAll(id, rooms);
-    return this.#follow(rooms);
+    return this.follow(rooms);
   }
 
   override del(id: SocketId, room: Room): void {
     super.del(id, room);
-    void this.#follow([room]);
+    void this.follow([room]);
   }
 
   override delAll(id: SocketId): void {
     const rooms = this.sids.get(id);
     super.delAll(id);
-    if (rooms) void this.#follow(rooms);
+    if (rooms) void this.follow(rooms);
   }
 
-  #follow(rooms: Iterable<Room>): Promise<void> | void {
+  protected follow(rooms: Iterable<Room>): Promise<void> | void {
     let pending: Promise<void>[] | undefined;
     for (const room of rooms) {
       const done = this.#travels(room) ? this.#receiver.follow(roomKey(this.nsp.name, room)) : undefined;
@@ -635,11 +684,120 @@ class BoundAdapter extends LocalAdapter {
   }
 }
 
+/** Keeps the sessions of lost clients, where the server has `connectionStateRecovery`. */
+class RecoveringAdapter extends BoundAdapter {
+  readonly #recovery: Recovery | undefined;
+  /** Whether an offset can be pasted into the text of an encoded packet: not with another parser than the default one. */
+  readonly #pastes: boolean;
+
+  constructor(nsp: Namespace, node: Node) {
+    super(nsp, node);
+    this.#pastes = nsp.server.encoder.encode({ type: EVENT, nsp: "/", data: ["name"] }).join() === '2["name"]';
+    const { recoveryBytes, requestsTimeout } = node.settings;
+    const { opts } = nsp.server as { opts?: { connectionStateRecovery?: { maxDisconnectionDuration: number } } };
+    if (!opts?.connectionStateRecovery) return;
+    const links: RecoveryLinks = {
+      uid: node.uid,
+      sockets: this.connected,
+      peers: () => (node.upSince === undefined ? [] : node.membership.serversOf(nsp.name)),
+      ask: (peers, ms, question, take) => {
+        const send = (id: string) => node.sendTo(peers, nsp.name, { ...question, id });
+        return node.requests.ask(peers, ms, send, {
+          take: (message, from) => {
+            if (message.type !== "items") return false;
+            take(message.items, from, !message.more);
+            return !message.more;
+          },
+        });
+      },
+      offer: (uid) => node.sendTo([uid], nsp.name, { type: "offer" }),
+      heard: () => node.membership.heard(),
+      follow: (rooms) => this.follow(rooms),
+      data: (parts, offset) => [...this.decode([...parts]).data, offset],
+    };
+    const { maxDisconnectionDuration } = opts.connectionStateRecovery;
+    this.#recovery = new Recovery(links, recoveryBytes, maxDisconnectionDuration, requestsTimeout);
+    const emitter = nsp as Namespace & { on?(event: "connect", listener: (socket: Socket) => void): unknown };
+    emitter.on?.("connect", (socket) => this.#recovery?.connected(socket));
+  }
+
+  override persistSession(session: SocketSession): void {
+    this.#recovery?.persist(session);
+  }
+
+  /** Rejects where there is no session, which Socket.IO takes for a new client. */
+  override restoreSession(pid: string, offset: string): Promise<SocketSession & { missedPackets: unknown[][] }> {
+    return this.#recovery?.restore(pid, offset) ?? Promise.reject(new Error("connectionStateRecovery is off"));
+  }
+
+  override addAll(id: SocketId, rooms: Set<Room>): Promise<void> | void {
+    this.#recovery?.joins(id);
+    return super.addAll(id, rooms);
+  }
+
+  override delAll(id: SocketId): void {
+    this.#recovery?.left(id);
+    super.delAll(id);
+  }
+
+  protected override get pinned(): ReadonlyMap<Room, unknown> {
+    return this.#recovery?.sessions.pinned ?? NO_ROOMS;
+  }
+
+  protected handSessionsOver(): Promise<void> {
+    return this.#recovery?.close() ?? Promise.resolve();
+  }
+
+  protected answerRecovery(
+    message: Message & { type: "claim" | "missed" | "offer" },
+    from: string,
+    answer: (value: Answer) => void,
+  ): void {
+    const recovery = this.#recovery;
+    if (message.type === "claim")
+      this.answerWith(message.id, recovery?.onClaim(message.pid, message.offset) ?? [], answer);
+    if (message.type === "missed")
+      this.answerWith(message.id, recovery?.onMissed(message.pids, message.offset) ?? [], answer);
+    if (message.type === "offer") void recovery?.onOffer(from);
+  }
+
+  /** Packets get an offset each, by which the client says how far it has come. */
+  protected override deliver(
+    sockets: Socket[],
+    target: string | BroadcastOptions,
+    packets: () => unknown[][],
+    { sender, number }: Origin,
+    decoded?: Packet,
+  ): void {
+    const sessions = this.#recovery?.sessions;
+    if (!sessions || decoded?.id !== undefined)
+      return super.deliver(sockets, target, packets, { sender, number }, decoded);
+    const isRoom = typeof target === "string";
+    const rooms = isRoom ? [target] : [...target.rooms];
+    const except = isRoom ? [] : [...(target.except ?? [])];
+    const flags = isRoom ? undefined : target.flags;
+    if (sockets.length === 0 && !sessions.awaits(rooms)) return;
+    const stamped = packets().map((encoded) => {
+      const parts = encoded.map(partOf);
+      const offset = sessions.deliver({ rooms, except, parts, sender, number }, sockets, !flags?.volatile);
+      return this.#stamp(parts, offset);
+    });
+    this.writeTo(sockets, stamped, flags, decoded);
+  }
+
+  #stamp(parts: Part[], offset: string): unknown[] {
+    const [text] = parts;
+    if (this.#pastes && typeof text === "string") return [`${text.slice(0, -1)},"${offset}"]`, ...parts.slice(1)];
+    const packet = this.decode(parts);
+    return this.nsp.server.encoder.encode({ ...packet, data: [...packet.data, offset] });
+  }
+}
+
 /**
  * One namespace of one server. It emits `error` (an `Error`) for what a user should know, where somebody listens: a lost
  * connection, a refused permission, a message that could not be sent or read.
  */
-export class AmqpAdapter extends BoundAdapter implements Tenant {
+export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   /** Resolves once connected, bound and announced; rejects if the adapter is closed before. */
   readonly ready: Promise<void>;
   /** @internal */
@@ -684,7 +842,7 @@ export class AmqpAdapter extends BoundAdapter implements Tenant {
   }
 
   override close(): Promise<void> {
-    return (this.#closing ??= this.#node.leave(this));
+    return (this.#closing ??= this.handSessionsOver().then(() => this.#node.leave(this)));
   }
 
   override serverCount(): Promise<number> {
@@ -705,10 +863,10 @@ export class AmqpAdapter extends BoundAdapter implements Tenant {
   // Packets: encoded once, delivered locally first.
 
   override broadcast(packet: Packet, opts: BroadcastOptions): void {
-    packet.nsp = this.nsp.name;
-    const parts = this.nsp.server.encoder.encode(packet);
-    this.writeTo(this.localSockets(opts), [parts], opts.flags, packet);
-    if (!opts.flags?.local && !this.#closing) this.#node.sender.add(this.#routes.packets(opts), parts);
+    const parts = this.broadcastLocally(packet, opts, { sender: this.uid, number: 0 });
+    // With an id it is of a socket whose client answers.
+    if (packet.id === undefined && !opts.flags?.local && !this.#closing)
+      this.#node.sender.add(this.#routes.packets(opts), parts);
   }
 
   override broadcastWithAck(
@@ -773,8 +931,8 @@ export class AmqpAdapter extends BoundAdapter implements Tenant {
     const timeout = opts.flags?.timeout ?? this.#settings.requestsTimeout;
     const unanswered = await this.#node.requests.ask(peers, timeout, send, {
       take: (message) => {
-        if (message.type !== "sockets") return false;
-        for (const socket of message.sockets) sockets.push(socket);
+        if (message.type !== "items") return false;
+        for (const socket of message.items) sockets.push(socket);
         return !message.more;
       },
     });
@@ -808,14 +966,13 @@ export class AmqpAdapter extends BoundAdapter implements Tenant {
   }
 
   /** @internal A message of a peer, an emitter or a foreign client. */
-  onMessage(message: Message, from: string): void {
+  onMessage(message: Message, { sender: from, number }: Origin): void {
     const answer = (value: Answer) => this.#node.sender.add(this.#routes.direct(from), this.encodeAnswer(value));
     switch (message.type) {
-      case "packet":
-        return super.broadcast(
-          { type: EVENT, nsp: this.nsp.name, data: eventOf(message.data) },
-          fromWire(message.opts),
-        );
+      case "packet": {
+        const packet = { type: EVENT, nsp: this.nsp.name, data: eventOf(message.data) };
+        return void this.broadcastLocally(packet, fromWire(message.opts), { sender: from, number });
+      }
       case "join":
         return super.addSockets(fromWire(message.opts), message.rooms);
       case "leave":
@@ -828,6 +985,10 @@ export class AmqpAdapter extends BoundAdapter implements Tenant {
         return this.answerFetch(message, answer);
       case "broadcast":
         return this.answerBroadcast(message, answer);
+      case "claim":
+      case "missed":
+      case "offer":
+        return this.answerRecovery(message, from, answer);
       default:
         this.#node.requests.onAnswer(message, from);
     }
@@ -851,6 +1012,558 @@ function eventOf(data: unknown[]): unknown[] {
   if (typeof data[0] === "string" && !RESERVED_EVENTS.has(data[0])) return data;
   throw new FrameError(`an event named ${JSON.stringify(data[0])}; expected a string that is not reserved`);
 }
+
+// ── Recovery: sessions of clients that lost their connection, kept until they come back to any server ────────────────
+
+/** What Socket.IO hands over when a client is lost, and takes back when it returns. */
+interface SocketSession {
+  readonly sid: SocketId;
+  /** The private id, by which the client names its session. */
+  readonly pid: string;
+  readonly rooms: Room[];
+  readonly data: unknown;
+}
+
+/** A packet that was delivered in a namespace, and to whom. */
+interface Delivered {
+  /** Its place in a series: what one server has delivered, or what it has handed over together. */
+  readonly series: string;
+  readonly position: number;
+  /** Everyone, if there are no rooms. */
+  readonly rooms: readonly Room[];
+  readonly except: readonly Room[];
+  readonly parts: readonly Part[];
+  /** The frame that brought it: its sender, and its number. */
+  readonly sender: string;
+  readonly number: number;
+}
+
+/** A session that waits for its client. */
+interface Session extends SocketSession {
+  /** The server that lost the client, whose offsets the client knows, and the series that these are positions of. */
+  readonly owner: string;
+  readonly series: string;
+  /** The position of the last packet that was written to the client, and the one at which it was lost. */
+  readonly last: number;
+  readonly lostAt: number;
+  /** What the client presented when it came back the last time, and what that stands for, until it hears of a newer one. */
+  readonly alias?: Alias | undefined;
+  /** Other series that belong to it, each from behind a position on. */
+  readonly from: Readonly<Record<string, number>>;
+  /** The oldest position that its owner still had as it handed the session over, and the log's latest as this server took it. */
+  readonly first: number;
+  readonly takenAt: number;
+  /** For how many ms it waits yet. */
+  readonly ms: number;
+}
+interface Alias {
+  readonly offset: string;
+  readonly position: number;
+}
+
+/** What an entry of the log costs beyond its text, about (bytes). */
+const ENTRY_OVERHEAD = 240;
+/** The position of what has none in a series: behind all others. */
+const LAST = Number.MAX_SAFE_INTEGER;
+
+/** What a server has delivered in a namespace, oldest first, for as long and as far as the bounds allow. */
+class DeliveryLog {
+  /** How many entries there were. */
+  position = 0;
+  bytes = 0;
+  #entries: { readonly packet: Delivered; readonly bytes: number; readonly at: number }[] = [];
+  /** Where the oldest one stands. */
+  #start = 0;
+  readonly #maxBytes: number;
+
+  constructor(maxBytes: number) {
+    this.#maxBytes = maxBytes;
+  }
+
+  /** The position of the oldest entry, or of the next. */
+  get first(): number {
+    return this.position - this.#entries.length + this.#start + 1;
+  }
+
+  add(packet: Delivered, at: number): void {
+    const bytes = packet.parts.reduce((sum, { length }) => sum + length, ENTRY_OVERHEAD);
+    this.position++;
+    this.bytes += bytes;
+    this.#entries.push({ packet, bytes, at });
+    this.#forgetWhile(() => this.bytes > this.#maxBytes);
+  }
+
+  after(position: number): Delivered[] {
+    const start = Math.max(this.#start, this.#start + position + 1 - this.first);
+    return this.#entries.slice(start).map(({ packet }) => packet);
+  }
+
+  expire(before: number): void {
+    this.#forgetWhile((at) => at < before);
+  }
+
+  #forgetWhile(test: (at: number) => boolean): void {
+    for (let oldest = this.#entries[this.#start]; oldest && test(oldest.at); oldest = this.#entries[++this.#start])
+      this.bytes -= oldest.bytes;
+    if (this.#start * 2 < this.#entries.length || this.#start === 0) return;
+    this.#entries.splice(0, this.#start);
+    this.#start = 0;
+  }
+}
+
+/** Whether a packet was for a socket in these rooms. */
+const isFor = (rooms: readonly Room[], packet: Delivered): boolean =>
+  (packet.rooms.length === 0 || packet.rooms.some((room) => rooms.includes(room))) &&
+  !packet.except.some((room) => rooms.includes(room));
+
+/** The sessions of a namespace that wait on this server, and what their clients have missed. No I/O. */
+class Sessions {
+  /** Rooms of sessions that wait, and of how many. */
+  readonly pinned = new Map<Room, number>();
+  readonly log: DeliveryLog;
+  readonly #uid: string;
+  readonly #waiting = new Map<string, { readonly session: Session; readonly until: number }>();
+  /** Of each connected socket: the last position that was written to it. */
+  readonly #trails = new Map<SocketId, { last: number; readonly alias?: Alias | undefined }>();
+
+  constructor(uid: string, maxBytes: number) {
+    this.#uid = uid;
+    this.log = new DeliveryLog(maxBytes);
+  }
+
+  get all(): Session[] {
+    return [...this.#waiting.values()].map(({ session }) => session);
+  }
+
+  get(pid: string): Session | undefined {
+    return this.#waiting.get(pid)?.session;
+  }
+
+  /** Notes a packet for these sockets; gives its offset. One that is not to be kept has that of the one before. */
+  deliver(packet: Omit<Delivered, "series" | "position">, sockets: readonly Socket[], isKept: boolean): string {
+    if (isKept) this.log.add({ ...packet, series: this.#uid, position: this.log.position + 1 }, performance.now());
+    const { position } = this.log;
+    for (const { id } of sockets) this.wrote(id, position);
+    return this.#offset(position);
+  }
+
+  /** Notes that a packet is written to a socket; gives its offset. */
+  wrote(sid: SocketId, position: number): string {
+    const trail = this.#trails.get(sid);
+    if (trail) trail.last = position;
+    else this.#trails.set(sid, { last: position });
+    return this.#offset(position);
+  }
+
+  /** A client is lost. */
+  persist(session: SocketSession, ms: number): void {
+    const { last = 0, alias } = this.#trails.get(session.sid) ?? {};
+    const { position } = this.log;
+    const own = { owner: this.#uid, series: this.#uid, last, lostAt: position, alias, from: {}, first: 0, takenAt: 0 };
+    this.put({ ...session, ...own, ms });
+  }
+
+  /** Whether packets for these rooms are kept though no socket is in them. */
+  awaits(rooms: readonly Room[]): boolean {
+    return this.pinned.size > 0 && (rooms.length === 0 || rooms.some((room) => this.pinned.has(room)));
+  }
+
+  /** Whether a connected socket may present an offset. */
+  knows(sid: SocketId, offset: string): boolean {
+    const { last = 0, alias } = this.#trails.get(sid) ?? {};
+    return (this.#positionOf({ owner: this.#uid, alias }, offset) ?? Infinity) <= last;
+  }
+
+  /** The socket has gone. */
+  forget(sid: SocketId): void {
+    this.#trails.delete(sid);
+  }
+
+  put(session: Session): void {
+    this.#waiting.set(session.pid, { session, until: performance.now() + session.ms });
+    this.pin(session.rooms);
+  }
+
+  pin(rooms: readonly Room[]): void {
+    for (const room of rooms) this.pinned.set(room, (this.pinned.get(room) ?? 0) + 1);
+  }
+
+  unpin(rooms: readonly Room[]): void {
+    for (const room of rooms) {
+      const count = (this.pinned.get(room) ?? 0) - 1;
+      if (count > 0) this.pinned.set(room, count);
+      else this.pinned.delete(room);
+    }
+  }
+
+  /** What the client of a session has missed behind an offset; undefined where that is not known, or no longer. */
+  missed(session: Session, offset: string): Delivered[] | undefined {
+    const position = this.#positionOf(session, offset);
+    if (position === undefined || position > session.last) return undefined;
+    // Who has all that was written to it has missed nothing before it was lost, however long ago that was.
+    const since = position === session.last ? session.lostAt : position;
+    const isOwn = session.series === this.#uid;
+    if (since + 1 < (isOwn ? this.log.first : session.first)) return undefined;
+    const start = isOwn ? since : session.takenAt;
+    if (start + 1 < this.log.first) return undefined;
+    const from: Record<string, number> = { ...session.from, [session.series]: since };
+    return this.log
+      .after(start)
+      .filter((packet) => packet.position > (from[packet.series] ?? Infinity) && isFor(session.rooms, packet));
+  }
+
+  /** The client of a session is back: what it has missed gets offsets of this server, and the session is one of this server. */
+  renew(session: Session, offset: string, missed: readonly Delivered[]): { session: Session; offsets: string[] } {
+    this.#waiting.delete(session.pid);
+    const isOwn = session.series === this.#uid;
+    const base = isOwn ? (this.#positionOf(session, offset) ?? 0) : this.log.position;
+    const offsets = missed.map((packet) => {
+      if (isOwn) return this.#offset(packet.position);
+      const { position } = this.log;
+      const again = { ...packet, rooms: [session.sid], except: [], series: this.#uid, position: position + 1 };
+      this.log.add(again, performance.now());
+      return this.#offset(position + 1);
+    });
+    const { position } = this.log;
+    const last = missed.length === 0 ? base : isOwn ? (missed.at(-1)?.position ?? base) : position;
+    const alias = { offset, position: base };
+    this.#trails.set(session.sid, { last, alias });
+    const own = { owner: this.#uid, series: this.#uid, last, lostAt: position, alias, from: {}, first: 0, takenAt: 0 };
+    return { session: { ...session, ...own }, offsets };
+  }
+
+  /** Gives a session away as another server takes it over; its rooms stay pinned until `unpin()`. */
+  release({ pid }: Session): Session | undefined {
+    const { session, until } = this.#waiting.get(pid) ?? {};
+    if (!session || until === undefined) return undefined;
+    const isOwn = session.series === this.#uid;
+    if (!isOwn && session.takenAt + 1 < this.log.first) return undefined; // the log has forgotten a part of it
+    this.#waiting.delete(pid);
+    return { ...session, first: isOwn ? this.log.first : session.first, ms: until - performance.now() };
+  }
+
+  /**
+   * Takes sessions over with what their server has delivered, and what this one has delivered meanwhile behind that: both
+   * become series of their own, so that no other session meets them.
+   */
+  take(
+    id: string,
+    sessions: readonly Session[],
+    delivered: readonly Delivered[],
+    meanwhile: readonly Delivered[],
+  ): void {
+    const takenAt = this.log.position;
+    const now = performance.now();
+    for (const packet of delivered) this.log.add({ ...packet, series: `${id}:${packet.series}` }, now);
+    for (const packet of meanwhile) this.log.add({ ...packet, series: id, position: LAST }, now);
+    for (const session of sessions) {
+      const from = Object.fromEntries(Object.entries(session.from).map(([series, from]) => [`${id}:${series}`, from]));
+      const here = { [id]: 0, [this.#uid]: this.log.position };
+      this.put({ ...session, series: `${id}:${session.series}`, from: { ...from, ...here }, takenAt });
+    }
+  }
+
+  /** Gives the sessions whose time is over. */
+  expire(ms: number): Session[] {
+    const now = performance.now();
+    this.log.expire(now - ms);
+    const over = [...this.#waiting.values()].flatMap(({ session, until }) => (until < now ? [session] : []));
+    for (const { pid } of over) this.#waiting.delete(pid);
+    return over;
+  }
+
+  /** An offset of this server is its name and a position. */
+  #offset(position: number): string {
+    return `${this.#uid}.${position}`;
+  }
+
+  #positionOf({ owner, alias }: Pick<Session, "owner" | "alias">, offset: string): number | undefined {
+    if (offset === alias?.offset) return alias.position;
+    const [uid, position] = offset.split(".");
+    return uid === owner && /^\d{1,15}$/.test(position ?? "") ? Number(position) : undefined;
+  }
+}
+
+interface RecoveryLinks {
+  readonly uid: string;
+  /** The other servers that have the namespace open; none while the broker is away. */
+  peers(): string[];
+  /** Asks servers. Each answers with lists, of which the last one is marked. */
+  ask(
+    peers: string[],
+    ms: number,
+    question: Question,
+    take: (list: unknown[], from: string, isLast: boolean) => void,
+  ): Promise<unknown>;
+  /** Offers all sessions to a server, for this one closes. */
+  offer(uid: string): void;
+  /** The number of the last frame that came of each peer; undefined while some may be missing. */
+  heard(): Record<string, number> | undefined;
+  /** Binds or unbinds rooms as they are wanted; resolves when all that are wanted are live. */
+  follow(rooms: readonly Room[]): Promise<void> | void;
+  /** The sockets that are connected. */
+  readonly sockets: ReadonlyMap<SocketId, Socket>;
+  /** A packet's data, with its offset. */
+  data(parts: readonly Part[], offset: string): unknown[];
+}
+/** What a server asks another one: for a session, or for all of them; and for what their clients have missed. */
+type Question = { type: "claim"; pid?: string; offset?: string } | { type: "missed"; pids: string[]; offset?: string };
+/** The first entry of an answer to `missed`; without it the server is not ready. */
+interface Heard {
+  readonly heard: Record<string, number>;
+}
+
+/** A session whose client is about to be connected. */
+interface Arrival {
+  readonly session: Session;
+  readonly missedPackets: unknown[][];
+  /** Up to which position of the log they are. */
+  upTo: number;
+}
+
+/** A connection that is younger than this (ms) was not lost: two that ask at once do not take a session from each other. */
+const YOUNG = 100;
+/** How long until a server is asked again that is not ready to hand a session over, in ms. */
+const CLAIM_AGAIN = 20;
+/** How long before a client is known to be lost its connection may have been dead, in ms. */
+const NOTICE = 60_000;
+
+/** Finds the session of a client that comes back, on this server or on another one, and hands sessions over. */
+class Recovery {
+  readonly sessions: Sessions;
+  readonly #links: RecoveryLinks;
+  readonly #maxMs: number;
+  readonly #timeoutMs: number;
+  readonly #arrivals = new Map<SocketId, Arrival>();
+  /** Sessions that another server has claimed, until it has fetched what their clients have missed. */
+  readonly #claimed = new Map<string, Session>();
+  /** Sessions of a closing server that are on their way to another one. */
+  readonly #moving = new Set<string>();
+  readonly #sweep: Timeout;
+
+  constructor(links: RecoveryLinks, maxBytes: number, maxMs: number, timeoutMs: number) {
+    this.#links = links;
+    this.#maxMs = maxMs;
+    this.#timeoutMs = timeoutMs;
+    this.sessions = new Sessions(links.uid, maxBytes);
+    this.#sweep = setInterval(() => this.#unpin(this.sessions.expire(maxMs + NOTICE)), 1_000);
+    this.#sweep.unref();
+  }
+
+  persist(session: SocketSession): void {
+    this.sessions.persist(session, this.#maxMs);
+  }
+
+  /** The session of a client that comes back. Rejects where none waits, or what was missed is not known any more. */
+  async restore(pid: string, offset: string): Promise<SocketSession & { missedPackets: unknown[][] }> {
+    const until = performance.now() + this.#timeoutMs;
+    const [owner] = offset.split(".");
+    do {
+      let session = this.#find(pid, offset);
+      let isMoving = this.#moving.has(pid);
+      const peers = this.#links.peers();
+      for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
+        if (session) break;
+        const claim = await this.#claim(asked, { type: "claim", pid, offset }, until);
+        isMoving ||= claim.isMoving;
+        if (claim.sessions.length > 0) await this.#takeOver(claim.from, claim.sessions, until, offset);
+        session = this.#find(pid, offset);
+      }
+      if (session) return this.#arrive(session, offset);
+      if (!isMoving) break;
+      await Bun.sleep(CLAIM_AGAIN);
+    } while (performance.now() < until);
+    console.log(
+      "REFUSED",
+      this.#links.uid,
+      pid.slice(0, 4),
+      offset,
+      this.#moving.has(pid),
+      JSON.stringify([this.sessions.get(pid)].map((s) => s && { ...s, pid: 0, data: 0, rooms: 0 })),
+      this.sessions.log.first,
+      this.sessions.log.position,
+      [...this.#links.sockets.values()].filter((s) => s.pid === pid).map((s) => [Date.now() - s.handshake.issued]),
+      this.#claimed.has(pid),
+      performance.now() - until,
+    );
+    throw new Error("No such session waits here or elsewhere");
+  }
+
+  /** A socket joins its rooms: what has come since its session was found goes with what was missed before. */
+  joins(sid: SocketId): void {
+    const arrival = this.#arrivals.get(sid);
+    if (arrival) for (const data of this.#late(arrival)) arrival.missedPackets.push(data);
+  }
+
+  /** A socket is connected: what has come since it joined its rooms, as its middlewares ran, follows. */
+  connected(socket: Socket): void {
+    const arrival = this.#arrivals.get(socket.id);
+    if (!arrival) return;
+    for (const data of this.#late(arrival)) socket.packet({ type: EVENT, data });
+    this.#arrivals.delete(socket.id);
+    this.#unpin([arrival.session]);
+  }
+
+  /** A socket has gone. One that was never connected leaves its session as it found it. */
+  left(sid: SocketId): void {
+    const arrival = this.#arrivals.get(sid);
+    this.#arrivals.delete(sid);
+    this.sessions.forget(sid);
+    if (!arrival) return;
+    this.sessions.put(arrival.session);
+    this.#unpin([arrival.session]);
+  }
+
+  /** A peer asks for a session whose client has come to it, or for all of them. They are its own from here on. */
+  onClaim(pid: string | undefined, offset = ""): (Session | { isMoving: true })[] {
+    if (pid !== undefined && this.#moving.has(pid)) return [{ isMoving: true }];
+    const found = pid === undefined ? this.sessions.all : [this.#find(pid, offset)];
+    return found.flatMap((session) => {
+      const released = session && this.sessions.release(session);
+      if (!released) return [];
+      this.#claimed.set(released.pid, session);
+      if (pid === undefined) this.#moving.add(released.pid);
+      return [released];
+    });
+  }
+
+  /** A peer asks for what the clients of sessions have missed that it has claimed. All that comes later comes to it. */
+  onMissed(pids: readonly string[], offset: string | undefined): (Heard | Delivered)[] {
+    const heard = this.#links.heard();
+    if (!heard) return [];
+    const sessions = pids.flatMap((pid) => this.#claimed.get(pid) ?? []);
+    for (const pid of pids) this.#claimed.delete(pid);
+    const rooms = new Set(sessions.flatMap((session) => session.rooms));
+    const [session] = sessions;
+    const missed =
+      offset !== undefined
+        ? ((session && this.sessions.missed(session, offset)) ?? [])
+        : this.sessions.log
+            .after(0)
+            .filter((packet) => packet.rooms.length === 0 || packet.rooms.some((room) => rooms.has(room)));
+    this.#unpin(sessions);
+    return [{ heard }, ...missed];
+  }
+
+  /** A peer closes: its sessions wait here from now on. */
+  async onOffer(from: string): Promise<void> {
+    const until = performance.now() + this.#timeoutMs;
+    const { sessions } = await this.#claim([from], { type: "claim" }, until);
+    for (const { pid } of sessions) this.#moving.add(pid);
+    await this.#takeOver(from, sessions, until);
+    for (const { pid } of sessions) this.#moving.delete(pid);
+  }
+
+  /** Hands all sessions over to another server, as far as that takes no longer than `requestsTimeout`. */
+  async close(): Promise<void> {
+    const [peer] = this.#links.peers();
+    if (peer && this.sessions.all.length > 0) {
+      this.#links.offer(peer);
+      const until = performance.now() + this.#timeoutMs;
+      while (this.sessions.all.length + this.#claimed.size > 0 && performance.now() < until)
+        await Bun.sleep(CLAIM_AGAIN);
+    }
+    clearInterval(this.#sweep);
+  }
+
+  #find(pid: string, offset: string): Session | undefined {
+    // Its client may have come back before its loss was noticed.
+    for (const socket of this.#links.sockets.values()) {
+      if (socket.pid !== pid || !this.sessions.knows(socket.id, offset)) continue;
+      if (Date.now() - socket.handshake.issued < YOUNG) return undefined;
+      socket._onclose("transport close");
+      socket.client.conn.close();
+    }
+    const session = this.sessions.get(pid);
+    return session && this.sessions.missed(session, offset) && session;
+  }
+
+  #arrive(session: Session, offset: string): SocketSession & { missedPackets: unknown[][] } {
+    const { sid, pid, rooms, data } = session;
+    const missed = this.sessions.missed(session, offset) ?? [];
+    const renewed = this.sessions.renew(session, offset, missed);
+    const missedPackets = missed.map(({ parts }, i) => this.#links.data(parts, renewed.offsets[i] ?? ""));
+    // What comes until the socket is there is added: Socket.IO reads the array then.
+    this.#arrivals.set(sid, { session: renewed.session, missedPackets, upTo: this.sessions.log.position });
+    return { sid, pid, rooms, data, missedPackets };
+  }
+
+  /** The data of the packets for an arriving client that have come since this was asked. */
+  #late(arrival: Arrival): unknown[][] {
+    const { session, upTo } = arrival;
+    const { log } = this.sessions;
+    arrival.upTo = log.position;
+    return log.after(upTo).flatMap((packet) => {
+      if (packet.series !== this.#links.uid || !isFor(session.rooms, packet)) return [];
+      return [this.#links.data(packet.parts, this.sessions.wrote(session.sid, packet.position))];
+    });
+  }
+
+  async #claim(peers: string[], question: Question, until: number) {
+    const claim = { sessions: [] as Session[], from: "", isMoving: false };
+    await this.#links.ask(peers, until - performance.now(), question, (list, from) => {
+      const sessions = list.filter(isSession);
+      if (sessions.length > 0) claim.from = from;
+      claim.sessions.push(...sessions);
+      claim.isMoving ||= list.some((item) => isRecord(item) && item["isMoving"] === true);
+    });
+    return claim;
+  }
+
+  /**
+   * Takes claimed sessions over: binds their rooms, then fetches what their clients have missed. The answer stands in the
+   * stream of the peer's frames, and the question in this server's: so what the peer has emitted comes before the answer if it
+   * is in it, and what this server has emitted is in the answer if that was before the question. Of all others' frames the
+   * answer tells up to which number they are in it.
+   */
+  async #takeOver(from: string, sessions: Session[], until: number, offset?: string): Promise<void> {
+    if (sessions.length === 0) return;
+    const { uid, heard, follow, ask } = this.#links;
+    const { log } = this.sessions;
+    const rooms = sessions.flatMap((session) => session.rooms);
+    const pids = sessions.map(({ pid }) => pid);
+    const begin = log.position;
+    this.sessions.pin(rooms);
+    await within(until - performance.now(), Promise.resolve(follow(rooms)));
+    for (let isTaken = false; !isTaken && performance.now() < until;) {
+      const delivered: Delivered[] = [];
+      const asked = log.position;
+      let first: Heard | undefined;
+      const question: Question = { type: "missed", pids, ...(offset !== undefined && { offset }) };
+      const isReady = heard() !== undefined;
+      if (isReady)
+        await ask([from], until - performance.now(), question, (list, _, isLast) => {
+          for (const item of list) if (isDelivered(item)) delivered.push(item);
+          first ??= list.find(isHeard);
+          if (!isLast || !first) return;
+          const numbers = first.heard;
+          const meanwhile = log.after(begin).filter(({ series, position, sender, number }) => {
+            if (series !== uid || sender === from) return false;
+            return sender === uid ? position > asked : number > (numbers[sender] ?? 0);
+          });
+          this.sessions.take(`${from}/${begin}/${sessions[0]?.sid}`, sessions, delivered, meanwhile);
+          isTaken = true;
+        });
+      if (!isTaken) await Bun.sleep(CLAIM_AGAIN);
+    }
+    this.#unpin(sessions);
+  }
+
+  #unpin(sessions: readonly Session[]): void {
+    const rooms = sessions.flatMap((session) => session.rooms);
+    this.sessions.unpin(rooms);
+    void this.#links.follow(rooms);
+  }
+}
+
+const isSession = (item: unknown): item is Session =>
+  isRecord(item) &&
+  [item["sid"], item["pid"], item["owner"], item["series"]].every(isId) &&
+  isRooms(item["rooms"]) &&
+  isRecord(item["from"]);
+const isDelivered = (item: unknown): item is Delivered =>
+  isRecord(item) && isId(item["series"]) && isRooms(item["rooms"]) && isRooms(item["except"]) && isParts(item["parts"]);
+const isHeard = (item: unknown): item is Heard => isRecord(item) && isRecord(item["heard"]);
 
 // ── The emitter ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -976,14 +1689,20 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
 
 // ── The node: one server's (or emitter's) place in the cluster ───────────────────────────────────────────────────────
 
+/** The frame that brought a packet: its sender, and its number, which is 0 for volatile packets. */
+interface Origin {
+  readonly sender: string;
+  readonly number: number;
+}
+
 /** A namespace of this server, as its node sees it: an adapter. */
 interface Tenant extends RoomOwner {
   readonly nsp: { readonly name: string };
   /** Settled when the namespace is bound and announced, or closed. */
   readonly opened: PromiseWithResolvers<void>;
   /** Packets of a peer: what for, and encoded by the peer. */
-  onPackets(section: Section, packets: () => Part[][]): void;
-  onMessage(message: Message, from: string): void;
+  onPackets(section: Section, packets: () => Part[][], origin: Origin): void;
+  onMessage(message: Message, origin: Origin): void;
   /** Emits an `error`; false where nobody listens. */
   report(error: Error): boolean;
   /** Emits `connect` or `disconnect` with the connection's name. */
@@ -1122,6 +1841,13 @@ class Membership {
     const uids: string[] = [];
     for (const peer of this.peers.values()) if (peer.namespaces?.has(nsp)) uids.push(peer.uid);
     return uids;
+  }
+
+  /** The number of the last frame that came of each peer; undefined while some may be missing. */
+  heard(): Record<string, number> | undefined {
+    const peers = [...this.peers.values()];
+    if (peers.some(({ stream }) => stream.catchUp)) return undefined;
+    return Object.fromEntries(peers.map(({ uid, stream }) => [uid, stream.highest]));
   }
 
   /** How many rooms are bound, on all servers. */
@@ -1573,6 +2299,8 @@ interface ReceiverEvents {
   live(): void;
 }
 
+/** The origin of what other AMQP clients publish. */
+const FOREIGN: Origin = { sender: "", number: 0 };
 /** How many ms after a queue has gone the rooms' exchanges are bound again. */
 const RENEW_AFTER = 2_000;
 
@@ -1697,7 +2425,7 @@ class Receiver {
       const isForAll = keys.includes(tenant.key);
       const rooms = isForAll ? [] : keys.flatMap((key) => tenant.roomsUnder(key));
       if (!isForAll && rooms.length === 0) continue;
-      tenant.onMessage({ type: "packet", opts: { rooms, except: [], flags: {} }, data }, "");
+      tenant.onMessage({ type: "packet", opts: { rooms, except: [], flags: {} }, data }, FOREIGN);
     }
   }
 }
@@ -1788,9 +2516,9 @@ class Inbox {
 
   #deliverSection(frame: Frame, reader: FrameReader, section: Section, tenant: Tenant): void {
     if (section.kind < SectionKind.Messages)
-      return this.#handle(frame, () => tenant.onPackets(section, () => reader.packets(section)));
+      return this.#handle(frame, () => tenant.onPackets(section, () => reader.packets(section), frame));
     for (const parts of reader.packets(section))
-      this.#handle(frame, () => tenant.onMessage(asMessage(decodeValue(parts)), frame.sender));
+      this.#handle(frame, () => tenant.onMessage(asMessage(decodeValue(parts)), frame));
   }
 
   /** What cannot be read or handled costs no other section. */
@@ -1895,6 +2623,11 @@ class Node implements Context {
       this.sender.tick();
       this.membership.beat();
     }, this.settings.heartbeatInterval);
+  }
+
+  /** A message to servers that have a namespace open. */
+  sendTo(peers: readonly string[], nsp: string, message: Message): void {
+    for (const uid of peers) this.sender.add(this.routes(nsp).direct(uid), encodeValue(message));
   }
 
   routes(nsp: string): Routes {
@@ -2046,6 +2779,11 @@ class PeerStream<Frame extends Numbered> {
   constructor(events: StreamEvents<Frame>, maxHeldBytes: number) {
     this.#events = events;
     this.#maxHeld = maxHeldBytes;
+  }
+
+  /** The highest number that has come. */
+  get highest(): number {
+    return this.#window.highest;
   }
 
   /** A frame as it was published. `missing` are numbers before it that should have come to this queue. */
@@ -3711,11 +4449,16 @@ type Message =
   | { type: "disconnect"; opts: WireOptions; close: boolean }
   | { type: "emit"; id?: string | undefined; args: unknown[] }
   | { type: "fetch"; id: string; opts: WireOptions }
+  /** Of sessions: who asks takes one over, or all; wants to know what their clients have missed; offers its own. */
+  | { type: "claim"; id: string; pid?: string; offset?: string }
+  | { type: "missed"; id: string; pids: string[]; offset?: string }
+  | { type: "offer" }
   /** The event is encoded by the sender's parser. */
   | { type: "broadcast"; id: string; opts: WireOptions; timeout: number; packet: Part[] }
   | Answer;
 type Answer =
-  | { type: "sockets"; id: string; sockets: unknown[]; more: boolean }
+  /** A part of a list. */
+  | { type: "items"; id: string; items: unknown[]; more: boolean }
   | { type: "answer"; id: string; value?: unknown }
   /** A client's answer, encoded by the server's parser; or why there is none. */
   | { type: "ack"; id: string; packet?: Part[] }
@@ -3767,8 +4510,11 @@ const MESSAGES: Checks<Message> = {
   disconnect: ({ opts }) => isOptions(opts),
   emit: ({ id, args }) => (id === undefined || isId(id)) && Array.isArray(args),
   fetch: ({ id, opts }) => isId(id) && isOptions(opts),
+  claim: ({ id, pid, offset }) => [id, pid ?? "", offset ?? ""].every(isId),
+  missed: ({ id, pids, offset }) => Array.isArray(pids) && [id, offset ?? "", ...pids].every(isId),
+  offer: () => true,
   broadcast: ({ id, opts, timeout, packet }) => isId(id) && isOptions(opts) && isNumber(timeout) && isParts(packet),
-  sockets: ({ id, sockets }) => isId(id) && Array.isArray(sockets),
+  items: ({ id, items }) => isId(id) && Array.isArray(items),
   answer: ({ id }) => isId(id),
   ack: ({ id, packet }) => isId(id) && (packet === undefined || isParts(packet)),
   clients: ({ id, count }) => isId(id) && isNumber(count),
