@@ -710,7 +710,6 @@ class RecoveringAdapter extends BoundAdapter {
           },
         });
       },
-      offer: (uid) => node.sendTo([uid], nsp.name, { type: "offer" }),
       heard: () => node.membership.heard(),
       follow: (rooms) => this.follow(rooms),
       data: (parts, offset) => [...this.decode([...parts]).data, offset],
@@ -758,7 +757,8 @@ class RecoveringAdapter extends BoundAdapter {
       this.answerWith(message.id, recovery?.onClaim(message.pid, message.offset) ?? [], answer);
     if (message.type === "missed")
       this.answerWith(message.id, recovery?.onMissed(message.pids, message.offset) ?? [], answer);
-    if (message.type === "offer") void recovery?.onOffer(from);
+    if (message.type === "offer")
+      void (recovery?.onOffer(from) ?? Promise.resolve()).then(() => this.answerWith(message.id, [], answer));
   }
 
   /** Packets get an offset each, by which the client says how far it has come. */
@@ -1295,8 +1295,6 @@ interface RecoveryLinks {
     question: Question,
     take: (list: unknown[], from: string, isLast: boolean) => void,
   ): Promise<unknown>;
-  /** Offers all sessions to a server, for this one closes. */
-  offer(uid: string): void;
   /** The number of the last frame that came of each peer; undefined while some may be missing. */
   heard(): Record<string, number> | undefined;
   /** Binds or unbinds rooms as they are wanted; resolves when all that are wanted are live. */
@@ -1306,8 +1304,11 @@ interface RecoveryLinks {
   /** A packet's data, with its offset. */
   data(parts: readonly Part[], offset: string): unknown[];
 }
-/** What a server asks another one: for a session, or for all of them; and for what their clients have missed. */
-type Question = { type: "claim"; pid?: string; offset?: string } | { type: "missed"; pids: string[]; offset?: string };
+/** What a server asks another one: for a session, or for all; for what their clients have missed; to take its own, for it closes. */
+type Question =
+  | { type: "claim"; pid?: string; offset?: string }
+  | { type: "missed"; pids: string[]; offset?: string }
+  | { type: "offer" };
 /** The first entry of an answer to `missed`; without it the server is not ready. */
 interface Heard {
   readonly heard: Record<string, number>;
@@ -1340,6 +1341,9 @@ class Recovery {
   /** Sessions of a closing server that are on their way to another one. */
   readonly #moving = new Set<string>();
   readonly #sweep: Timeout;
+  /** How many sessions are being fetched from other servers. */
+  #claims = 0;
+  #isClosing = false;
 
   constructor(links: RecoveryLinks, maxBytes: number, maxMs: number, timeoutMs: number) {
     this.#links = links;
@@ -1362,30 +1366,21 @@ class Recovery {
       let session = this.#find(pid, offset);
       let isMoving = this.#moving.has(pid);
       const peers = this.#links.peers();
+      this.#claims++;
       for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
-        if (session) break;
+        if (session || this.#isClosing) break;
         const claim = await this.#claim(asked, { type: "claim", pid, offset }, until);
         isMoving ||= claim.isMoving;
         if (claim.sessions.length > 0) await this.#takeOver(claim.from, claim.sessions, until, offset);
         session = this.#find(pid, offset);
       }
-      if (session) return this.#arrive(session, offset);
+      this.#claims--;
+      if (session && !this.#isClosing) return this.#arrive(session, offset);
       if (!isMoving) break;
       await Bun.sleep(CLAIM_AGAIN);
     } while (performance.now() < until);
-    console.log(
-      "REFUSED",
-      this.#links.uid,
-      pid.slice(0, 4),
-      offset,
-      this.#moving.has(pid),
-      JSON.stringify([this.sessions.get(pid)].map((s) => s && { ...s, pid: 0, data: 0, rooms: 0 })),
-      this.sessions.log.first,
-      this.sessions.log.position,
-      [...this.#links.sockets.values()].filter((s) => s.pid === pid).map((s) => [Date.now() - s.handshake.issued]),
-      this.#claimed.has(pid),
-      performance.now() - until,
-    );
+    // A server that closes keeps the client waiting: when its connection ends, it finds its session on another one.
+    if (this.#isClosing) await Bun.sleep(this.#timeoutMs);
     throw new Error("No such session waits here or elsewhere");
   }
 
@@ -1448,6 +1443,7 @@ class Recovery {
   /** A peer closes: its sessions wait here from now on. */
   async onOffer(from: string): Promise<void> {
     const until = performance.now() + this.#timeoutMs;
+    if (this.#isClosing) return;
     const { sessions } = await this.#claim([from], { type: "claim" }, until);
     for (const { pid } of sessions) this.#moving.add(pid);
     await this.#takeOver(from, sessions, until);
@@ -1456,12 +1452,14 @@ class Recovery {
 
   /** Hands all sessions over to another server, as far as that takes no longer than `requestsTimeout`. */
   async close(): Promise<void> {
-    const [peer] = this.#links.peers();
-    if (peer && this.sessions.all.length > 0) {
-      this.#links.offer(peer);
-      const until = performance.now() + this.#timeoutMs;
-      while (this.sessions.all.length + this.#claimed.size > 0 && performance.now() < until)
-        await Bun.sleep(CLAIM_AGAIN);
+    this.#isClosing = true;
+    const until = performance.now() + this.#timeoutMs;
+    for (; performance.now() < until; await Bun.sleep(CLAIM_AGAIN)) {
+      const [peers, waiting] = [this.#links.peers(), this.sessions.all.length];
+      if (peers.length === 0 || waiting + this.#claimed.size + this.#claims === 0) break;
+      if (waiting === 0) continue;
+      await this.#links.ask(peers, until - performance.now(), { type: "offer" }, () => {});
+      if (this.sessions.all.length === waiting) break; // all others close as well
     }
     clearInterval(this.#sweep);
   }
@@ -1525,7 +1523,7 @@ class Recovery {
     const begin = log.position;
     this.sessions.pin(rooms);
     await within(until - performance.now(), Promise.resolve(follow(rooms)));
-    for (let isTaken = false; !isTaken && performance.now() < until;) {
+    for (let isTaken = false; !isTaken && performance.now() < until && this.#links.peers().includes(from);) {
       const delivered: Delivered[] = [];
       const asked = log.position;
       let first: Heard | undefined;
@@ -4452,7 +4450,7 @@ type Message =
   /** Of sessions: who asks takes one over, or all; wants to know what their clients have missed; offers its own. */
   | { type: "claim"; id: string; pid?: string; offset?: string }
   | { type: "missed"; id: string; pids: string[]; offset?: string }
-  | { type: "offer" }
+  | { type: "offer"; id: string }
   /** The event is encoded by the sender's parser. */
   | { type: "broadcast"; id: string; opts: WireOptions; timeout: number; packet: Part[] }
   | Answer;
@@ -4512,7 +4510,7 @@ const MESSAGES: Checks<Message> = {
   fetch: ({ id, opts }) => isId(id) && isOptions(opts),
   claim: ({ id, pid, offset }) => [id, pid ?? "", offset ?? ""].every(isId),
   missed: ({ id, pids, offset }) => Array.isArray(pids) && [id, offset ?? "", ...pids].every(isId),
-  offer: () => true,
+  offer: ({ id }) => isId(id),
   broadcast: ({ id, opts, timeout, packet }) => isId(id) && isOptions(opts) && isNumber(timeout) && isParts(packet),
   items: ({ id, items }) => isId(id) && Array.isArray(items),
   answer: ({ id }) => isId(id),
