@@ -2581,6 +2581,316 @@ describe("connection state recovery", () => {
         expect(numbers).toEqual(Array.from({ length: count - Number(numbers[0]) }, (_, i) => Number(numbers[0]) + i));
       }
   }, 20_000);
+
+  /** What a client presents when it comes back. */
+  interface Ticket {
+    pid: string;
+    offset: string;
+  }
+  function ticketOf({ client }: Guest): Ticket {
+    const { _pid: pid, _lastOffset: offset } = client as unknown as { _pid: string; _lastOffset: string };
+    return { pid, offset };
+  }
+
+  /** Connects as a client that presents this; gives the id that it gets. */
+  async function present({ port }: { port: number }, auth: Partial<Ticket>, options: ClientOptions = {}) {
+    const url = `http://127.0.0.1:${port}`;
+    const manager = new Manager(url, { transports: ["websocket"], reconnection: false, ...options });
+    const client = manager.socket("/", { auth });
+    closers.unshift(() => client.disconnect());
+    await received(client, "connect");
+    return client.id;
+  }
+
+  test("takes a client back that is there before its old server has noticed the loss", async () => {
+    const [a, b] = await recovering();
+    const guest = await Guest.at(a, ["red"]);
+    const { id = "" } = guest.client;
+    guest.on(a).data = { name: "ann" };
+    expect(await present(b, ticketOf(guest))).toBe(id);
+    expect([a.io.of("/").sockets.has(id), b.io.of("/").sockets.get(id)?.data]).toEqual([false, { name: "ann" }]);
+  });
+
+  test("takes a client back ten times in a row, at once, though it hears nothing between", async () => {
+    const nodes = await recovering();
+    const guest = await Guest.at(nodes[0], ["red"]);
+    const { id } = guest.client;
+    for (let i = 1; i <= 10; i++) {
+      await guest.leave();
+      expect([i, await guest.back(nodes[i % 3] ?? nodes[0])]).toEqual([i, true]);
+    }
+    nodes[2].io.to("red").emit("n", 1);
+    await eventually(() => expect(guest.numbers).toEqual([1]));
+    expect(guest.client.id).toBe(id);
+  });
+
+  test("gives packets again that were lost with several connections in a row", async () => {
+    const nodes = await recovering();
+    const [a, b, c] = nodes;
+    const guest = await Guest.at(a, ["red"]);
+    const ticket = ticketOf(guest);
+    await guest.leave();
+    await noticed(a);
+    c.io.to("red").emit("n", 1);
+    await eventually(() => expect(c.adapter.stats.unconfirmed).toBe(0));
+    // Comes back to each server, and is lost again before it has read a word.
+    for (const node of [b, a, c, b]) {
+      const id = await present(node, ticket);
+      expect(id).toBeString();
+      for (const socket of node.io.of("/").sockets.values()) socket.conn.close();
+      await noticed(node);
+      node.io.to("red").emit("n", 2);
+      await eventually(() => expect(node.adapter.stats.unconfirmed).toBe(0));
+    }
+    expect(await guest.back(a)).toBe(true);
+    await eventually(() => expect(guest.numbers).toEqual([1, 2, 2, 2, 2]));
+  });
+
+  test("keeps a quiet client's session for longer than its log reaches, if it has missed nothing", async () => {
+    const nodes = await recovering({ recoveryBytes: 20_000 });
+    const [a, b] = nodes;
+    const others = await Guest.at(a, ["blue"]);
+    const guest = await Guest.at(a, ["red"]);
+    const chatter = async () => {
+      for (let n = 0; n < 200; n++) a.io.to("blue").emit("n", n, "x".repeat(100));
+      await eventually(() => expect(others.numbers.at(-1)).toBe(199));
+      others.heard.length = 0;
+    };
+    await chatter();
+    await guest.leave();
+    await eventually(() => expect(a.io.of("/").sockets.size).toBe(1));
+    await chatter();
+    expect(await guest.back(a)).toBe(true);
+    await chatter();
+    await guest.leave();
+    await eventually(() => expect(a.io.of("/").sockets.size).toBe(1));
+    await chatter();
+    expect(await guest.back(b)).toBe(true);
+    a.io.to("red").emit("n", 1);
+    await eventually(() => expect(guest.numbers).toEqual([1]));
+  });
+
+  test.each([0, 1])(
+    "begins a session anew rather than lose packets that its log has let go (server %d)",
+    async (to) => {
+      const nodes = await recovering({ recoveryBytes: 20_000 });
+      const [a] = nodes;
+      const guest = await Guest.at(a, ["red"]);
+      await guest.leave();
+      await noticed(a);
+      for (let n = 0; n < 200; n++) a.io.to("red").emit("n", n, "x".repeat(100));
+      expect(await guest.back(nodes[to] ?? a)).toBe(false);
+    },
+  );
+
+  test("does not give a client what a room heard before it joined", async () => {
+    const [a, b] = await recovering();
+    await Guest.at(a, ["blue"]);
+    const guest = await Guest.at(a, ["red"]);
+    a.io.to("blue").emit("n", 1);
+    await guest.on(a).join("blue");
+    await guest.leave();
+    await eventually(() => expect(a.io.of("/").sockets.size).toBe(1));
+    a.io.to("blue").emit("n", 2);
+    expect(await guest.back(b)).toBe(true);
+    a.io.to("blue").emit("n", 3);
+    await eventually(() => expect(guest.numbers).toEqual([2, 3]));
+  });
+
+  test.each([
+    ["skips middlewares", {}, false],
+    ["runs middlewares if that is wanted, and keeps what comes meanwhile", { skipMiddlewares: false }, true],
+  ])("%s", async (_, connectionStateRecovery, runs) => {
+    const nodes = await recovering({}, { connectionStateRecovery });
+    const [a, b, c] = nodes;
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await noticed(a);
+    let ran = 0;
+    b.io.use((_, next) => {
+      ran++;
+      c.io.to("red").emit("n", 1);
+      b.io.to("red").emit("n", 2);
+      setTimeout(next, 100);
+    });
+    expect(await guest.back(b)).toBe(true);
+    expect(ran).toBe(Number(runs));
+    if (runs) await eventually(() => expect(guest.numbers.toSorted()).toEqual([1, 2]));
+  });
+
+  test("keeps the session of a client that a middleware refuses, or that is gone before it is connected", async () => {
+    const [a, b, c] = await recovering({}, { connectionStateRecovery: { skipMiddlewares: false } });
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await noticed(a);
+    b.io.use((_, next) => next(new Error("no")));
+    const refused = received(guest.client, "connect_error");
+    Object.assign(guest.client.io, { uri: `http://127.0.0.1:${b.port}` });
+    guest.client.connect();
+    await refused;
+    guest.client.io.engine.close();
+    c.io.to("red").emit("n", 1);
+    expect(await guest.back(c)).toBe(true);
+    await eventually(() => expect(guest.numbers).toEqual([1]));
+  });
+
+  test("gives a session to one of two that ask at once, and to none that comes later", async () => {
+    const [a, b, c] = await recovering();
+    const guest = await Guest.at(a, ["red"]);
+    const { id = "" } = guest.client;
+    const ticket = ticketOf(guest);
+    await guest.leave();
+    await noticed(a);
+    const ids = await Promise.all([present(b, ticket), present(c, ticket), present(a, ticket)]);
+    expect(ids.filter((given) => given === id)).toHaveLength(1);
+    await Bun.sleep(200);
+    for (const node of [a, b, c]) expect(await present(node, ticket)).not.toBe(id);
+  });
+
+  test.each<[string, (ticket: Ticket) => Partial<Ticket>]>([
+    ["an unknown id", ({ offset }) => ({ pid: "A".repeat(20), offset })],
+    ["no offset", ({ pid }) => ({ pid })],
+    ["another offset", ({ pid }) => ({ pid, offset: "foo" })],
+    ["an offset of no server", ({ pid, offset }) => ({ pid, offset: offset.replace(/^.{8}/, "ABCDEFGH") })],
+    ["an offset that was never given", ({ pid, offset }) => ({ pid, offset: `${offset}9` })],
+    ["an offset that is no number", ({ pid, offset }) => ({ pid, offset: `${offset.slice(0, 9)}1e3` })],
+    ["an offset from before it came", ({ pid, offset }) => ({ pid, offset: `${offset.slice(0, 9)}0` })],
+  ])("begins anew for a client that presents %s", async (_, forge) => {
+    const [a, b] = await recovering();
+    const other = await Guest.at(a, ["red"]);
+    const guest = await Guest.at(a, ["red"]);
+    const ticket = ticketOf(guest);
+    await guest.leave();
+    await eventually(() => expect(a.io.of("/").sockets.size).toBe(1));
+    a.io.to("red").emit("n", 1);
+    for (const node of [a, b]) {
+      const id = await present(node, forge(ticket));
+      expect([id === guest.client.id, node.io.of("/").sockets.get(id ?? "")?.recovered]).toEqual([false, false]);
+    }
+    expect(await guest.back(b)).toBe(true);
+    await eventually(() => expect([guest.numbers, other.numbers]).toEqual([[1], [1]]));
+  });
+
+  test("lets sessions and the bindings of their rooms go when their time is over", async () => {
+    const [a, b] = await recovering({}, { connectionStateRecovery: { maxDisconnectionDuration: 300 } });
+    const bound = async () => (await bindings()).filter(({ key }) => key === "/#red").length;
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await noticed(a);
+    expect(await bound()).toBe(1);
+    await eventually(async () => expect(await bound()).toBe(0), 3_000);
+    expect(await guest.back(b)).toBe(false);
+  });
+
+  test("keeps no session longer than it should, though nothing has looked", async () => {
+    const [a] = await recovering({}, { connectionStateRecovery: { maxDisconnectionDuration: 100 } });
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await Bun.sleep(150);
+    expect(await guest.back(a)).toBe(false);
+  });
+
+  test("works with another parser", async () => {
+    const [a, b] = await recovering({}, { parser: msgpack });
+    const guest = await Guest.at(a, ["red"], "/", { parser: msgpack });
+    await guest.leave();
+    await noticed(a);
+    a.io.to("red").emit("n", 1, Buffer.from("x"));
+    b.io.to("red").emit("n", 2);
+    await eventually(() => expect(b.adapter.stats.unconfirmed).toBe(0));
+    expect(await guest.back(b)).toBe(true);
+    await eventually(() => expect(guest.numbers.toSorted()).toEqual([1, 2]));
+  });
+
+  test("hands the sessions of a server that closes to another one, one server after the other", async () => {
+    const [a, b, c] = await recovering();
+    const guests = await Promise.all([Guest.at(a, ["red"]), Guest.at(a, ["red"])]);
+    const [gone, there] = guests;
+    if (!gone || !there) throw new Error("two guests");
+    await gone.leave();
+    await eventually(() => expect(a.io.of("/").sockets.size).toBe(1));
+    a.io.to("red").emit("n", 1);
+    await eventually(() => expect(there.numbers).toEqual([1]));
+    await a.io.close();
+    c.io.to("red").emit("n", 2);
+    await eventually(() => expect(c.adapter.stats.unconfirmed).toBe(0));
+    await acquainted([b, c]);
+    await b.io.close();
+    c.io.to("red").emit("n", 3);
+    const d = await start({ requestsTimeout: 2_000 }, { connectionStateRecovery: {} });
+    await acquainted([c, d]);
+    for (const guest of guests) {
+      expect(await guest.back(d)).toBe(true);
+      c.io.to("red").emit("n", 4);
+    }
+    await eventually(() =>
+      expect(guests.map(({ numbers }) => numbers)).toEqual([
+        [1, 2, 3, 4, 4],
+        [1, 2, 3, 4, 4],
+      ]),
+    );
+  });
+
+  test("begins anew within a second after the server that knew the client was killed", async () => {
+    const b = await start({}, { connectionStateRecovery: {} });
+    const victim = child(`
+      const io = new Server(0, { serveClient: false, connectionStateRecovery: {}, adapter: createAdapter({ amqpConnection, prefix }) });
+      io.on("connection", (socket) => socket.emit("welcome"));
+      await io.of("/").adapter.ready;
+      console.log(io.httpServer.address().port);`);
+    const { value } = await victim.stdout.getReader().read();
+    const port = Number(new TextDecoder().decode(value));
+    await acquainted([b], 2);
+    const guest = new Guest({ port });
+    await received(guest.client, "welcome");
+    const lost = received(guest.client, "disconnect");
+    victim.kill("SIGKILL");
+    await lost;
+    let recovered = true;
+    expect(await milliseconds(async () => (recovered = await guest.back(b)))).toBeLessThan(1_000);
+    expect(recovered).toBe(false);
+  });
+
+  test("takes a client back to its own server while the broker is away, and to another one as a new one, at once", async () => {
+    const links = await Promise.all([Proxy.open(broker.port), Proxy.open(broker.port)]);
+    const nodes = await Promise.all(
+      links.map(({ port }) =>
+        start(
+          { amqpConnection: () => connect(`amqp://guest:guest@127.0.0.1:${port}?heartbeat=2`), requestsTimeout: 2_000 },
+          { connectionStateRecovery: {} },
+        ),
+      ),
+    );
+    const [a, b] = nodes;
+    if (!a || !b) throw new Error("two links are two servers");
+    closers.push(async () => {
+      await Promise.all(nodes.map(({ adapter }) => adapter.close()));
+      for (const link of links) link.close();
+      nodes.forEach(errorsOf);
+    });
+    await acquainted(nodes);
+    const [own, away] = await Promise.all([Guest.at(a, ["red"]), Guest.at(a, ["red"])]);
+    for (const link of links) link.cut();
+    await eventually(() => expect(nodes.map(({ adapter }) => adapter.stats.connected)).toEqual([false, false]));
+    await Promise.all([own.leave(), away.leave()]);
+    await noticed(a);
+    a.io.to("red").emit("n", 1);
+    expect(await own.back(a)).toBe(true);
+    expect(own.numbers).toEqual([1]);
+    let recovered = true;
+    expect(await milliseconds(async () => (recovered = await away.back(b)))).toBeLessThan(1_000);
+    expect(recovered).toBe(false);
+  });
+
+  test("stores and stamps nothing where it is off", async () => {
+    const [a, b] = await cluster();
+    const ann = await join(a, ["red"]);
+    b.io.to("red").emit("n", 1);
+    await eventually(() => expect(ann.heard).toEqual([["n", 1]]));
+    expect((ann.client as unknown as { _pid?: string })._pid).toBeUndefined();
+    a.adapter.persistSession({ sid: "x", pid: "y", rooms: ["red"], data: {} });
+    expect(a.adapter.restoreSession("y", "z")).rejects.toThrow("off");
+  });
 });
 
 describe("options", () => {

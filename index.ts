@@ -337,13 +337,19 @@ interface Decoder {
   add(part: unknown): void;
   destroy(): void;
 }
+/** A connection of Engine.IO. */
+interface Connected {
+  close(): void;
+  once(event: "heartbeat" | "close", listener: () => void): unknown;
+  sendPacket(type: "ping"): void;
+}
 interface Socket {
   readonly id: SocketId;
   readonly rooms: Set<Room>;
   readonly handshake: { readonly issued: number };
   readonly data: unknown;
   readonly acks: Map<number, unknown>;
-  readonly client: { writeToEngine(parts: unknown[], flags: object): void; readonly conn: { close(): void } };
+  readonly client: { writeToEngine(parts: unknown[], flags: object): void; readonly conn: Connected };
   /** The private id of its session, with connection state recovery. */
   readonly pid?: string;
   packet(packet: { type: number; data: unknown[] }): void;
@@ -754,7 +760,9 @@ class RecoveringAdapter extends BoundAdapter {
   ): void {
     const recovery = this.#recovery;
     if (message.type === "claim")
-      this.answerWith(message.id, recovery?.onClaim(message.pid, message.offset) ?? [], answer);
+      void Promise.resolve(recovery?.onClaim(message.pid, message.offset))
+        .catch((error) => (this.report(asError(error)), []))
+        .then((sessions = []) => this.answerWith(message.id, sessions, answer));
     if (message.type === "missed")
       this.answerWith(message.id, recovery?.onMissed(message.pids, message.offset) ?? [], answer);
     if (message.type === "offer")
@@ -1043,19 +1051,21 @@ interface Session extends SocketSession {
   /** The server that lost the client, whose offsets the client knows, and the series that these are positions of. */
   readonly owner: string;
   readonly series: string;
-  /** The position of the last packet that was written to the client, and the one at which it was lost. */
+  /** The position at which the client came, that of the last packet that was written to it, and the one at which it was lost. */
+  readonly base: number;
   readonly last: number;
   readonly lostAt: number;
   /** What the client presented when it came back the last time, and what that stands for, until it hears of a newer one. */
   readonly alias?: Alias | undefined;
   /** Other series that belong to it, each from behind a position on. */
   readonly from: Readonly<Record<string, number>>;
-  /** The oldest position that its owner still had as it handed the session over, and the log's latest as this server took it. */
-  readonly first: number;
+  /** The latest packet that its owner no longer had as it handed the session over, and the log's latest as this server took it. */
+  readonly gone: number;
   readonly takenAt: number;
   /** For how many ms it waits yet. */
   readonly ms: number;
 }
+type Known = Pick<Session, "owner" | "base" | "last" | "alias">;
 interface Alias {
   readonly offset: string;
   readonly position: number;
@@ -1074,6 +1084,9 @@ class DeliveryLog {
   #entries: { readonly packet: Delivered; readonly bytes: number; readonly at: number }[] = [];
   /** Where the oldest one stands. */
   #start = 0;
+  /** Of rooms: the position of the latest packet that was let go, and when; and that of all rooms, or of long ago. */
+  readonly #gone = new Map<Room, { readonly position: number; readonly at: number }>();
+  #floor = 0;
   readonly #maxBytes: number;
 
   constructor(maxBytes: number) {
@@ -1090,7 +1103,12 @@ class DeliveryLog {
     this.position++;
     this.bytes += bytes;
     this.#entries.push({ packet, bytes, at });
-    this.#forgetWhile(() => this.bytes > this.#maxBytes);
+    while (this.bytes > this.#maxBytes) this.#forget(at);
+  }
+
+  /** The position of the latest packet for these rooms that is no longer there. */
+  gone(rooms: readonly Room[]): number {
+    return rooms.reduce((latest: number, room) => Math.max(latest, this.#gone.get(room)?.position ?? 0), this.#floor);
   }
 
   after(position: number): Delivered[] {
@@ -1099,13 +1117,26 @@ class DeliveryLog {
   }
 
   expire(before: number): void {
-    this.#forgetWhile((at) => at < before);
+    for (let oldest = this.#entries[this.#start]; oldest && oldest.at < before; oldest = this.#entries[this.#start])
+      this.#forget(oldest.at);
+    for (const [room, { position, at }] of this.#gone) {
+      if (at >= before) break;
+      this.#floor = Math.max(this.#floor, position);
+      this.#gone.delete(room);
+    }
   }
 
-  #forgetWhile(test: (at: number) => boolean): void {
-    for (let oldest = this.#entries[this.#start]; oldest && test(oldest.at); oldest = this.#entries[++this.#start])
-      this.bytes -= oldest.bytes;
-    if (this.#start * 2 < this.#entries.length || this.#start === 0) return;
+  #forget(at: number): void {
+    const { first: position } = this;
+    const oldest = this.#entries[this.#start++];
+    if (!oldest) return;
+    this.bytes -= oldest.bytes;
+    if (oldest.packet.rooms.length === 0) this.#floor = position;
+    for (const room of oldest.packet.rooms) {
+      this.#gone.delete(room); // so that the latest stands last
+      this.#gone.set(room, { position, at });
+    }
+    if (this.#start * 2 < this.#entries.length) return;
     this.#entries.splice(0, this.#start);
     this.#start = 0;
   }
@@ -1123,8 +1154,8 @@ class Sessions {
   readonly log: DeliveryLog;
   readonly #uid: string;
   readonly #waiting = new Map<string, { readonly session: Session; readonly until: number }>();
-  /** Of each connected socket: the last position that was written to it. */
-  readonly #trails = new Map<SocketId, { last: number; readonly alias?: Alias | undefined }>();
+  /** Of each socket: the position at which it came, and the last one that was written to it. */
+  readonly #trails = new Map<SocketId, { readonly base: number; last: number; readonly alias?: Alias | undefined }>();
 
   constructor(uid: string, maxBytes: number) {
     this.#uid = uid;
@@ -1136,7 +1167,8 @@ class Sessions {
   }
 
   get(pid: string): Session | undefined {
-    return this.#waiting.get(pid)?.session;
+    const { session, until = 0 } = this.#waiting.get(pid) ?? {};
+    return until > performance.now() ? session : undefined;
   }
 
   /** Notes a packet for these sockets; gives its offset. One that is not to be kept has that of the one before. */
@@ -1151,16 +1183,19 @@ class Sessions {
   wrote(sid: SocketId, position: number): string {
     const trail = this.#trails.get(sid);
     if (trail) trail.last = position;
-    else this.#trails.set(sid, { last: position });
     return this.#offset(position);
+  }
+
+  /** A socket is made. */
+  begin(sid: SocketId): void {
+    const { position } = this.log;
+    if (!this.#trails.has(sid)) this.#trails.set(sid, { base: position, last: position });
   }
 
   /** A client is lost. */
   persist(session: SocketSession, ms: number): void {
-    const { last = 0, alias } = this.#trails.get(session.sid) ?? {};
-    const { position } = this.log;
-    const own = { owner: this.#uid, series: this.#uid, last, lostAt: position, alias, from: {}, first: 0, takenAt: 0 };
-    this.put({ ...session, ...own, ms });
+    const trail = this.#trails.get(session.sid);
+    if (trail) this.put({ ...session, ...this.#own(trail), ms });
   }
 
   /** Whether packets for these rooms are kept though no socket is in them. */
@@ -1168,10 +1203,11 @@ class Sessions {
     return this.pinned.size > 0 && (rooms.length === 0 || rooms.some((room) => this.pinned.has(room)));
   }
 
-  /** Whether a connected socket may present an offset. */
-  knows(sid: SocketId, offset: string): boolean {
-    const { last = 0, alias } = this.#trails.get(sid) ?? {};
-    return (this.#positionOf({ owner: this.#uid, alias }, offset) ?? Infinity) <= last;
+  /** Whether the client of a connected socket may present an offset, and whether it has presented it before. */
+  knows(sid: SocketId, offset: string): "old" | "new" | undefined {
+    const trail = this.#trails.get(sid);
+    if (!trail || this.#positionOf({ owner: this.#uid, ...trail }, offset) === undefined) return undefined;
+    return offset === trail.alias?.offset ? "old" : "new";
   }
 
   /** The socket has gone. */
@@ -1199,13 +1235,12 @@ class Sessions {
   /** What the client of a session has missed behind an offset; undefined where that is not known, or no longer. */
   missed(session: Session, offset: string): Delivered[] | undefined {
     const position = this.#positionOf(session, offset);
-    if (position === undefined || position > session.last) return undefined;
+    if (position === undefined) return undefined;
     // Who has all that was written to it has missed nothing before it was lost, however long ago that was.
     const since = position === session.last ? session.lostAt : position;
     const isOwn = session.series === this.#uid;
-    if (since + 1 < (isOwn ? this.log.first : session.first)) return undefined;
     const start = isOwn ? since : session.takenAt;
-    if (start + 1 < this.log.first) return undefined;
+    if (since < session.gone || start < this.log.gone(session.rooms)) return undefined;
     const from: Record<string, number> = { ...session.from, [session.series]: since };
     return this.log
       .after(start)
@@ -1224,12 +1259,10 @@ class Sessions {
       this.log.add(again, performance.now());
       return this.#offset(position + 1);
     });
-    const { position } = this.log;
-    const last = missed.length === 0 ? base : isOwn ? (missed.at(-1)?.position ?? base) : position;
-    const alias = { offset, position: base };
-    this.#trails.set(session.sid, { last, alias });
-    const own = { owner: this.#uid, series: this.#uid, last, lostAt: position, alias, from: {}, first: 0, takenAt: 0 };
-    return { session: { ...session, ...own }, offsets };
+    const last = missed.length === 0 ? base : isOwn ? (missed.at(-1)?.position ?? base) : this.log.position;
+    const trail = { base, last, alias: { offset, position: base } };
+    this.#trails.set(session.sid, trail);
+    return { session: { ...session, ...this.#own(trail) }, offsets };
   }
 
   /** Gives a session away as another server takes it over; its rooms stay pinned until `unpin()`. */
@@ -1237,9 +1270,10 @@ class Sessions {
     const { session, until } = this.#waiting.get(pid) ?? {};
     if (!session || until === undefined) return undefined;
     const isOwn = session.series === this.#uid;
-    if (!isOwn && session.takenAt + 1 < this.log.first) return undefined; // the log has forgotten a part of it
+    const gone = this.log.gone(session.rooms);
+    if (!isOwn && session.takenAt < gone) return undefined; // the log has let a part of it go
     this.#waiting.delete(pid);
-    return { ...session, first: isOwn ? this.log.first : session.first, ms: until - performance.now() };
+    return { ...session, gone: isOwn ? gone : session.gone, ms: until - performance.now() };
   }
 
   /**
@@ -1277,10 +1311,19 @@ class Sessions {
     return `${this.#uid}.${position}`;
   }
 
-  #positionOf({ owner, alias }: Pick<Session, "owner" | "alias">, offset: string): number | undefined {
+  /** What a session of this server is beyond that of Socket.IO. */
+  #own(trail: { base: number; last: number; alias?: Alias | undefined }) {
+    const { position } = this.log;
+    return { owner: this.#uid, series: this.#uid, ...trail, lostAt: position, from: {}, gone: 0, takenAt: 0 };
+  }
+
+  /** What an offset stands for that the client may have; undefined for any other. */
+  #positionOf({ owner, base, last, alias }: Known, offset: string): number | undefined {
     if (offset === alias?.offset) return alias.position;
-    const [uid, position] = offset.split(".");
-    return uid === owner && /^\d{1,15}$/.test(position ?? "") ? Number(position) : undefined;
+    const [uid, digits = ""] = offset.split(".");
+    if (uid !== owner || !/^\d{1,15}$/.test(digits)) return undefined;
+    const position = Number(digits);
+    return position >= base && position <= last ? position : undefined;
   }
 }
 
@@ -1320,10 +1363,12 @@ interface Arrival {
   readonly missedPackets: unknown[][];
   /** Up to which position of the log they are. */
   upTo: number;
+  /** Whether Socket.IO has read them. */
+  isMade: boolean;
 }
 
-/** A connection that is younger than this (ms) was not lost: two that ask at once do not take a session from each other. */
-const YOUNG = 100;
+/** How long the client of a connection has to answer a ping, in ms. */
+const PONG = 300;
 /** How long until a server is asked again that is not ready to hand a session over, in ms. */
 const CLAIM_AGAIN = 20;
 /** How long before a client is known to be lost its connection may have been dead, in ms. */
@@ -1336,6 +1381,8 @@ class Recovery {
   readonly #maxMs: number;
   readonly #timeoutMs: number;
   readonly #arrivals = new Map<SocketId, Arrival>();
+  /** The sockets that are connected, by their private id. */
+  readonly #sockets = new Map<string, Socket>();
   /** Sessions that another server has claimed, until it has fetched what their clients have missed. */
   readonly #claimed = new Map<string, Session>();
   /** Sessions of a closing server that are on their way to another one. */
@@ -1363,6 +1410,7 @@ class Recovery {
     const until = performance.now() + this.#timeoutMs;
     const [owner] = offset.split(".");
     do {
+      await this.#closeOld(pid, offset);
       let session = this.#find(pid, offset);
       let isMoving = this.#moving.has(pid);
       const peers = this.#links.peers();
@@ -1384,14 +1432,18 @@ class Recovery {
     throw new Error("No such session waits here or elsewhere");
   }
 
-  /** A socket joins its rooms: what has come since its session was found goes with what was missed before. */
+  /** A socket that is made joins its rooms: what has come since its session was found goes with what was missed before. */
   joins(sid: SocketId): void {
+    this.sessions.begin(sid);
     const arrival = this.#arrivals.get(sid);
-    if (arrival) for (const data of this.#late(arrival)) arrival.missedPackets.push(data);
+    if (!arrival || arrival.isMade) return;
+    arrival.isMade = true;
+    for (const data of this.#late(arrival)) arrival.missedPackets.push(data);
   }
 
   /** A socket is connected: what has come since it joined its rooms, as its middlewares ran, follows. */
   connected(socket: Socket): void {
+    if (socket.pid !== undefined) this.#sockets.set(socket.pid, socket);
     const arrival = this.#arrivals.get(socket.id);
     if (!arrival) return;
     for (const data of this.#late(arrival)) socket.packet({ type: EVENT, data });
@@ -1403,6 +1455,7 @@ class Recovery {
   left(sid: SocketId): void {
     const arrival = this.#arrivals.get(sid);
     this.#arrivals.delete(sid);
+    this.#sockets.delete(this.#links.sockets.get(sid)?.pid ?? "");
     this.sessions.forget(sid);
     if (!arrival) return;
     this.sessions.put(arrival.session);
@@ -1410,7 +1463,8 @@ class Recovery {
   }
 
   /** A peer asks for a session whose client has come to it, or for all of them. They are its own from here on. */
-  onClaim(pid: string | undefined, offset = ""): (Session | { isMoving: true })[] {
+  async onClaim(pid: string | undefined, offset = ""): Promise<(Session | { isMoving: true })[]> {
+    if (pid !== undefined) await this.#closeOld(pid, offset);
     if (pid !== undefined && this.#moving.has(pid)) return [{ isMoving: true }];
     const found = pid === undefined ? this.sessions.all : [this.#find(pid, offset)];
     return found.flatMap((session) => {
@@ -1464,14 +1518,19 @@ class Recovery {
     clearInterval(this.#sweep);
   }
 
+  /**
+   * A client that comes back before its loss was noticed still has a connection here, which is closed. One that has presented
+   * this offset before may as well be there, and somebody else presents it again: then it answers a ping.
+   */
+  async #closeOld(pid: string, offset: string): Promise<void> {
+    const socket = this.#sockets.get(pid);
+    const known = socket && this.sessions.knows(socket.id, offset);
+    if (!known || (known === "old" && (await answersPing(socket.client.conn)))) return;
+    socket._onclose("transport close");
+    socket.client.conn.close();
+  }
+
   #find(pid: string, offset: string): Session | undefined {
-    // Its client may have come back before its loss was noticed.
-    for (const socket of this.#links.sockets.values()) {
-      if (socket.pid !== pid || !this.sessions.knows(socket.id, offset)) continue;
-      if (Date.now() - socket.handshake.issued < YOUNG) return undefined;
-      socket._onclose("transport close");
-      socket.client.conn.close();
-    }
     const session = this.sessions.get(pid);
     return session && this.sessions.missed(session, offset) && session;
   }
@@ -1482,7 +1541,12 @@ class Recovery {
     const renewed = this.sessions.renew(session, offset, missed);
     const missedPackets = missed.map(({ parts }, i) => this.#links.data(parts, renewed.offsets[i] ?? ""));
     // What comes until the socket is there is added: Socket.IO reads the array then.
-    this.#arrivals.set(sid, { session: renewed.session, missedPackets, upTo: this.sessions.log.position });
+    this.#arrivals.set(sid, {
+      session: renewed.session,
+      missedPackets,
+      upTo: this.sessions.log.position,
+      isMade: false,
+    });
     return { sid, pid, rooms, data, missedPackets };
   }
 
@@ -1552,6 +1616,16 @@ class Recovery {
     this.sessions.unpin(rooms);
     void this.#links.follow(rooms);
   }
+}
+
+/** Whether the other end of a connection answers. */
+function answersPing(conn: Socket["client"]["conn"]): Promise<boolean> {
+  const { promise, resolve } = Promise.withResolvers<boolean>();
+  const timer = setTimeout(() => resolve(false), PONG);
+  conn.once("heartbeat", () => resolve(true));
+  conn.once("close", () => resolve(false));
+  conn.sendPacket("ping");
+  return promise.finally(() => clearTimeout(timer));
 }
 
 const isSession = (item: unknown): item is Session =>
