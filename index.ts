@@ -66,8 +66,8 @@ interface NodeOptions {
   /**
    * Opens a connection, as `() => connect("amqp://localhost")`. Each call must return a new one, which the adapter closes.
    * A Socket.IO server needs two, one that consumes and one that publishes, for RabbitMQ blocks publishers when it runs low on
-   * memory or disk. After a loss it is called again, at first after 100 ms, then after up to 1 s, or 10 s where the broker
-   * refuses. With a `heartbeat` of 5 s (`amqp://localhost?heartbeat=5`) a dead link is noticed after 10 s.
+   * memory or disk. After a loss it is called again after 100 ms, doubled each time up to 1 s, or up to 10 s where the broker
+   * refuses, less up to a half. With a `heartbeat` of 5 s (`amqp://localhost?heartbeat=5`) a dead link is noticed after 10 s.
    */
   amqpConnection: () => AmqpConnection | Promise<AmqpConnection>;
   /**
@@ -81,9 +81,10 @@ interface NodeOptions {
    * @default 16_777_216 (16 MiB)
    */
   maxPayload?: number;
+  /** What is kept to be sent again after an outage. */
   journal?: JournalOptions;
   /**
-   * How many bytes of packets may wait while the broker is away, blocked or slow. Beyond it the oldest are dropped, and so is
+   * How many bytes of packets may wait while the broker is away, blocked or slower than the emits. Beyond it the oldest are dropped, and so is
    * what waited longer than `journal.ms` while the broker was away; `stats.dropped` counts them, and an `error` reports them.
    * @default 268_435_456 (256 MiB)
    */
@@ -116,7 +117,7 @@ export interface AdapterOptions extends NodeOptions {
    */
   heartbeatInterval?: number;
   /**
-   * After how many ms of silence a server is no longer counted or waited for. One that is closed or killed is noticed in
+   * After how many ms of silence a server is no longer counted or waited for. One whose process has ended is noticed in
    * milliseconds, for its queue goes.
    * @default 10_000
    */
@@ -3033,7 +3034,8 @@ class Topology {
     const gone = before === undefined ? Promise.resolve() : removed(model, before);
     gone.then(() => {
       this.#idle.push(...lanes);
-      this.followAll();
+      bindings.lookAtAll(); // joins and leaves since the queue was made
+      this.#work();
     }, lose);
   }
 
@@ -3047,11 +3049,6 @@ class Topology {
     const live = this.bindings.look(key);
     this.#work();
     return live;
-  }
-
-  followAll(): void {
-    this.bindings.lookAtAll();
-    this.#work();
   }
 
   /** Binds the rooms' exchanges once more after a queue has gone: the broker may delete one with it just as it is bound. */
@@ -3101,7 +3098,7 @@ class Topology {
     const takesAll = bindings.missing > (bindings.takesAll ? 0 : STORM);
     if (takesAll === bindings.takesAll || this.#switching || this.#ended) return;
     this.#switching = true;
-    if (!takesAll) bindings.takesAll = false; // nobody relies on it any more
+    if (!takesAll) bindings.takesAll = false; // from the unbinding on, it is no longer relied on
     const channel = this.#channel;
     const { main } = this.names;
     const switched = takesAll ? channel?.bindQueue(queue, main, "") : channel?.unbindQueue(queue, main, "");
