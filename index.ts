@@ -3687,17 +3687,14 @@ type Answer =
   | { type: "ack"; id: string; packet?: Part[] }
   | { type: "clients"; id: string; count: number };
 
-interface Progress {
-  revision: number;
-  number: number;
-  floor: number;
-}
+/** The revision of the namespaces, the last number that was published, and the one up to which all is confirmed. */
+type Progress = Record<"revision" | "number" | "floor", number>;
 
 /** What servers and emitters tell each other about themselves. */
 type Control =
   /** What is open, and what was published; `reply` asks for the same. */
   | ({ type: "hello"; namespaces: string[]; shared: Shared; reply: boolean } & Progress)
-  /** Alive: the last number that was published, the one up to which all is confirmed, and how many rooms are bound. */
+  /** Alive, with so many bound rooms. */
   | ({ type: "beat"; rooms: number } & Progress)
   /** Closing, after that number. */
   | { type: "bye"; number: number }
@@ -3713,7 +3710,7 @@ type Control =
 type Check = (value: Record<string, unknown>) => boolean;
 type Checks<T extends { type: string }> = Record<T["type"], Check>;
 
-const isId = (value: unknown): boolean => typeof value === "string";
+const isString = (value: unknown): boolean => typeof value === "string";
 const isParts = (value: unknown): boolean =>
   Array.isArray(value) && value.every((part) => typeof part === "string" || part instanceof Uint8Array);
 const isNumber = (value: unknown): boolean => Number.isSafeInteger(value) && Number(value) >= 0;
@@ -3731,24 +3728,22 @@ const MESSAGES: Checks<Message> = {
   join: isMove,
   leave: isMove,
   disconnect: ({ opts }) => isOptions(opts),
-  emit: ({ id, args }) => (id === undefined || isId(id)) && Array.isArray(args),
-  fetch: ({ id, opts }) => isId(id) && isOptions(opts),
-  broadcast: ({ id, opts, timeout, packet }) => isId(id) && isOptions(opts) && isNumber(timeout) && isParts(packet),
-  sockets: ({ id, sockets }) => isId(id) && Array.isArray(sockets),
-  answer: ({ id }) => isId(id),
-  ack: ({ id, packet }) => isId(id) && (packet === undefined || isParts(packet)),
-  clients: ({ id, count }) => isId(id) && isNumber(count),
+  emit: ({ id, args }) => (id === undefined || isString(id)) && Array.isArray(args),
+  fetch: ({ id, opts }) => isString(id) && isOptions(opts),
+  broadcast: ({ id, opts, timeout, packet }) => isString(id) && isOptions(opts) && isNumber(timeout) && isParts(packet),
+  sockets: ({ id, sockets }) => isString(id) && Array.isArray(sockets),
+  answer: ({ id }) => isString(id),
+  ack: ({ id, packet }) => isString(id) && (packet === undefined || isParts(packet)),
+  clients: ({ id, count }) => isString(id) && isNumber(count),
 };
+const isProgress: Check = ({ revision, number, floor }) => [revision, number, floor].every(isNumber);
 const CONTROLS: Checks<Control> = {
-  hello: ({ namespaces, revision, number, floor, shared }) =>
-    Array.isArray(namespaces) &&
-    namespaces.every((nsp) => typeof nsp === "string") &&
-    [revision, number, floor].every(isNumber) &&
-    isRecord(shared),
-  beat: ({ revision, number, floor, rooms }) => [revision, number, floor, rooms].every(isNumber),
+  hello: ({ namespaces, shared, ...progress }) =>
+    Array.isArray(namespaces) && namespaces.every(isString) && isProgress(progress) && isRecord(shared),
+  beat: ({ rooms, ...progress }) => isNumber(rooms) && isProgress(progress),
   bye: ({ number }) => isNumber(number),
   ping: () => true,
-  missing: ({ uid }) => typeof uid === "string",
+  missing: ({ uid }) => isString(uid),
   ask: ({ id, after }) => isNumber(id) && (after === undefined || isNumber(after)),
   begin: ({ id, from, to }) => [id, from, to].every(isNumber),
 };
