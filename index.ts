@@ -47,16 +47,15 @@ export { FrameReader, PeerStream, predecessorsOf, Publisher, readFrame, Routes }
 /** What amqplib's `connect()` resolves to, recovering or not. */
 export type AmqpConnection = ChannelModel | RecoveringChannelModel;
 
-/** Which frames are kept to be sent again after a cut connection or a broker restart. */
+/** Which published frames are kept, to be sent again after a cut connection or a broker restart. */
 export interface JournalOptions {
   /**
-   * How many bytes of published frames are kept, in a buffer that grows as it is needed. Several times `maxPayload`, or one
-   * large packet pushes all others out.
+   * How many bytes are kept. Several times `maxPayload`, or one large packet pushes all others out.
    * @default 67_108_864 (64 MiB)
    */
   bytes?: number;
   /**
-   * For how many ms a frame is kept: the longest outage that loses nothing. Give all servers the same.
+   * How long a frame is kept, in ms: the longest outage that loses nothing. Give all servers the same.
    * @default 60_000
    */
   ms?: number;
@@ -65,10 +64,10 @@ export interface JournalOptions {
 /** What a server and an emitter need. */
 interface NodeOptions {
   /**
-   * Opens a connection, as `() => connect("amqp://localhost")`. It is called for two connections per Socket.IO server
-   * (one consumes, one publishes, for RabbitMQ blocks publishers when it runs low on memory or disk), and again after a
-   * loss: after 100 ms doubling to 1 s, or to 10 s where the broker refuses, less up to a half. Each call must return a
-   * connection of its own, which the adapter closes. Give it a `heartbeat` (seconds, `amqp://localhost?heartbeat=5`) to notice a dead link in twice the time.
+   * Opens a connection, as `() => connect("amqp://localhost")`. Each call must return a new one, which the adapter closes.
+   * A Socket.IO server needs two, one that consumes and one that publishes, for RabbitMQ blocks publishers when it runs low on
+   * memory or disk. After a loss it is called again after 100 ms, doubled each time up to 1 s, or up to 10 s where the broker
+   * refuses, less up to a half. With a `heartbeat` of 5 s (`amqp://localhost?heartbeat=5`) a dead link is noticed after 10 s.
    */
   amqpConnection: () => AmqpConnection | Promise<AmqpConnection>;
   /**
@@ -77,17 +76,16 @@ interface NodeOptions {
    */
   prefix?: string;
   /**
-   * The largest packet, in bytes. A larger one is still delivered locally, and reported as an `error`. The broker has a
-   * limit of its own (RabbitMQ 4: `max_message_size`, 16 MiB; RabbitMQ 3: 128 MiB), which must not be smaller.
+   * The largest packet, in bytes. A larger one is delivered locally only, and reported as an `error`. The broker's own limit
+   * (RabbitMQ 4: `max_message_size`, 16 MiB; RabbitMQ 3: 128 MiB) must not be smaller.
    * @default 16_777_216 (16 MiB)
    */
   maxPayload?: number;
-  /** How much is kept to be sent again after an outage. */
+  /** What is kept to be sent again after an outage. */
   journal?: JournalOptions;
   /**
-   * How many bytes of packets may wait: while the broker is away, blocked, or slower than they are emitted. It protects the
-   * process. Beyond it, and for what waited longer than `journal.ms` while the broker was away, the oldest packets are dropped,
-   * counted in `stats.dropped` and reported as an `error`.
+   * How many bytes of packets may wait while the broker is away, blocked or slower than the emits. Beyond it the oldest are dropped, and so is
+   * what waited longer than `journal.ms` while the broker was away; `stats.dropped` counts them, and an `error` reports them.
    * @default 268_435_456 (256 MiB)
    */
   maxQueued?: number;
@@ -95,17 +93,16 @@ interface NodeOptions {
 
 export interface AdapterOptions extends NodeOptions {
   /**
-   * Whether a room gets an exchange of its own, `<prefix>#<namespace>#<room>`, to which other AMQP clients can publish and
-   * bind, on servers with up to 100 rooms. `undefined` means: before RabbitMQ 4.0. `true` means: on 4.0 and 4.1 as well, which
-   * bear it without Khepri. From 4.2 on `true` is refused with an error, for exchanges that come and go with their bindings
-   * destroy the broker's metadata there. `false` means: never. Servers of all kinds work together.
+   * Whether each room of a server with up to 100 rooms gets an exchange, `<prefix>#<namespace>#<room>`, to which other AMQP
+   * clients can publish and bind. `undefined`: before RabbitMQ 4.0. `true`: also on 4.0 and 4.1, which bear it without Khepri;
+   * from 4.2 on it is refused with an error, for there it destroys the broker's metadata. `false`: never. Servers with
+   * different values work together.
    * @default undefined
    */
   roomExchanges?: boolean | undefined;
   /**
-   * How rooms travel that are named like a socket id (20 characters of `A-Z a-z 0-9 _ -`): `"shared"` sends their
-   * packets to every server of the namespace, so that a connecting client costs the broker nothing; `"bound"` binds them
-   * like any room. Must be the same on all servers.
+   * How rooms travel that are named like a socket id (20 characters of `A-Z a-z 0-9 _ -`). `"shared"`: to every server of the
+   * namespace, so that a connecting client costs the broker nothing. `"bound"`: like any room. Give all servers the same.
    * @default "shared"
    */
   socketRooms?: "shared" | "bound";
@@ -120,8 +117,8 @@ export interface AdapterOptions extends NodeOptions {
    */
   heartbeatInterval?: number;
   /**
-   * After how many ms of silence a server is no longer counted or waited for. One whose queue is gone (closed, killed,
-   * crashed) is noticed in milliseconds, without this.
+   * After how many ms of silence a server is no longer counted or waited for. One whose process has ended is noticed in
+   * milliseconds, for its queue goes.
    * @default 10_000
    */
   heartbeatTimeout?: number;
@@ -146,9 +143,7 @@ export interface EmitterOptions extends NodeOptions {
    * @default 30_000
    */
   closeTimeout?: number;
-  /**
-   * The parser of the Socket.IO servers, where that is not the default one. Without it, arguments travel as JSON with binary.
-   */
+  /** The parser of the Socket.IO servers, if not the default one. Without it, arguments travel as JSON with binary. */
   parser?: Parser;
 }
 
@@ -162,7 +157,7 @@ export interface AdapterStats {
   framesReceived: number;
   packetsSent: number;
   packetsReceived: number;
-  /** Frames that peers sent again, and that this server had missed or held back until then. */
+  /** Frames that this server had missed or held back until peers sent them again. */
   replayed: number;
   /** Frames that came a second time, after an outage, and were dropped. */
   duplicates: number;
@@ -238,10 +233,7 @@ const isRecord = (value: unknown): value is Record<string, unknown> =>
 const isFunction = (value: unknown): boolean => typeof value === "function";
 const positive = (value: unknown): boolean => typeof value === "number" && value > 0 && value < 2 ** 31;
 const milliseconds: Expectation = ["a positive number of ms below 2^31", positive];
-const bytes: Expectation = [
-  "a positive number of bytes below 2^30",
-  (value) => positive(value) && Number(value) < 2 ** 30,
-];
+const bytes: Expectation = ["a positive number of bytes", (value) => typeof value === "number" && value > 0];
 
 const NODE_OPTIONS: Record<string, Expectation> = {
   amqpConnection: ['a function that returns a connection, as () => connect("amqp://localhost")', isFunction],
@@ -249,8 +241,8 @@ const NODE_OPTIONS: Record<string, Expectation> = {
     'a string of 1 to 100 bytes without "#" that does not begin with "amq."',
     (value) => typeof value === "string" && /^(?!amq\.)[^#]+$/.test(value) && Buffer.byteLength(value) <= 100,
   ],
-  maxPayload: bytes,
-  maxQueued: ["a positive number of bytes", (value) => typeof value === "number" && value > 0],
+  maxPayload: ["a positive number of bytes below 2^30", (value) => positive(value) && Number(value) < 2 ** 30],
+  maxQueued: bytes,
   journal: [
     "{ bytes?, ms? }, positive numbers below 2^31",
     (value) =>
@@ -289,7 +281,7 @@ function nearest(name: string, names: string[]): string {
   return names.reduce((best, other) => (likeness(other) > likeness(best) ? other : best));
 }
 
-/** The options with their defaults. Throws a TypeError for the first one that is wrong. */
+/** The options with their defaults. @throws TypeError for the first one that is wrong */
 function checked<T extends NodeOptions>(options: T, expectations: Record<string, Expectation>): Settings & T {
   const refusal = (name: string, expected: string, value: unknown) =>
     new TypeError(`Expected ${name} to be ${expected}, got ${Bun.inspect(value)} (${typeof value})`);
@@ -307,12 +299,9 @@ function checked<T extends NodeOptions>(options: T, expectations: Record<string,
   }
   const journal = { ...ADAPTER_DEFAULTS.journal, ...withoutUndefined(given.journal ?? {}) };
   const settings = { ...ADAPTER_DEFAULTS, ...given, journal };
-  if (settings.heartbeatTimeout <= settings.heartbeatInterval)
-    throw refusal(
-      "heartbeatTimeout",
-      `more than heartbeatInterval (${settings.heartbeatInterval})`,
-      settings.heartbeatTimeout,
-    );
+  const { heartbeatInterval, heartbeatTimeout } = settings;
+  if (heartbeatTimeout <= heartbeatInterval)
+    throw refusal("heartbeatTimeout", `more than heartbeatInterval (${heartbeatInterval})`, heartbeatTimeout);
   return settings;
 }
 
@@ -1630,11 +1619,15 @@ function answersPing(conn: Socket["client"]["conn"]): Promise<boolean> {
 
 const isSession = (item: unknown): item is Session =>
   isRecord(item) &&
-  [item["sid"], item["pid"], item["owner"], item["series"]].every(isId) &&
+  [item["sid"], item["pid"], item["owner"], item["series"]].every(isString) &&
   isRooms(item["rooms"]) &&
   isRecord(item["from"]);
 const isDelivered = (item: unknown): item is Delivered =>
-  isRecord(item) && isId(item["series"]) && isRooms(item["rooms"]) && isRooms(item["except"]) && isParts(item["parts"]);
+  isRecord(item) &&
+  isString(item["series"]) &&
+  isRooms(item["rooms"]) &&
+  isRooms(item["except"]) &&
+  isParts(item["parts"]);
 const isHeard = (item: unknown): item is Heard => isRecord(item) && isRecord(item["heard"]);
 
 // ── The emitter ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2437,7 +2430,7 @@ class Receiver {
   renewSoon(): void {
     this.#renewal ??= setTimeout(() => {
       this.#renewal = undefined;
-      void this.#topology?.renew();
+      this.#topology?.renew();
     }, RENEW_AFTER);
   }
 
@@ -3617,27 +3610,30 @@ class Bindings {
   readonly digests = new Set<number>();
   /** Whether the queue gets everything. */
   takesAll = false;
+  /** Adapters by the name of their namespace. */
+  readonly #owners: ReadonlyMap<string, RoomOwner>;
   /** Whether rooms get exchanges of their own. */
   #mayHaveExchanges: boolean;
-  /** Keys to look at, the most urgent first: namespaces, joins, leaves. */
-  readonly #queues = [new Set<string>(), new Set<string>(), new Set<string>()] as const;
-  /** Keys that are being bound (true) or unbound. */
-  readonly #busy = new Map<string, boolean>();
+  /** Keys to look at: namespaces first, then joins, then leaves and renewals, for which nobody waits. */
+  readonly #namespaces = new Set<string>();
+  readonly #joins = new Set<string>();
+  readonly #leaves = new Set<string>();
+  /** What is being done, by key. */
+  readonly #busy = new Map<string, BindingChange>();
+  /** Keys whose exchange may have gone: to be bound once more. */
+  readonly #stale = new Set<string>();
   /** Joins that wait until their key is live. */
   readonly #waiting = new Map<string, PromiseWithResolvers<void>>();
 
-  /** By the name of their namespace. */
-  readonly owners: ReadonlyMap<string, RoomOwner>;
-
   constructor(owners: ReadonlyMap<string, RoomOwner>, mayHaveExchanges: boolean) {
-    this.owners = owners;
+    this.#owners = owners;
     this.#mayHaveExchanges = mayHaveExchanges;
   }
 
   /** How many bindings are still to be made. */
   get missing(): number {
-    let count = this.#queues[0].size + this.#queues[1].size;
-    for (const binds of this.#busy.values()) count += Number(binds);
+    let count = this.#namespaces.size + this.#joins.size;
+    for (const { key, to } of this.#busy.values()) if (to && !this.bound.has(key)) count++;
     return count;
   }
 
@@ -3649,7 +3645,11 @@ class Bindings {
   /** A key may have to be bound or unbound. The promise resolves when one that is wanted is live. */
   look(key: string): Promise<void> | undefined {
     const wanted = this.#wants(key);
-    if (wanted !== this.bound.get(key) && !this.#busy.has(key)) this.#enqueue(key, wanted);
+    if (wanted !== this.bound.get(key) && !this.#busy.has(key)) {
+      if (!wanted) this.#leaves.add(key);
+      else if (this.#isNamespace(key)) this.#namespaces.add(key);
+      else this.#joins.add(key);
+    }
     if (!wanted || this.isLive(key)) return undefined;
     const waiting = this.#waiting.get(key) ?? Promise.withResolvers<void>();
     this.#waiting.set(key, waiting);
@@ -3657,7 +3657,7 @@ class Bindings {
   }
 
   lookAtAll(): void {
-    for (const owner of this.owners.values()) for (const key of [owner.key, ...owner.keys()]) void this.look(key);
+    for (const owner of this.#owners.values()) for (const key of [owner.key, ...owner.keys()]) void this.look(key);
     for (const key of this.bound.keys()) void this.look(key);
   }
 
@@ -3667,24 +3667,20 @@ class Bindings {
       this.#mayHaveExchanges = false;
       for (const key of this.bound.keys()) void this.look(key);
     }
-    for (const queue of this.#queues) {
+    for (const queue of [this.#namespaces, this.#joins, this.#leaves]) {
       for (const key of queue) {
         queue.delete(key);
+        if (this.#busy.has(key)) continue;
         const [from, to] = [this.bound.get(key), this.#wants(key)];
-        if (from === to || this.#busy.has(key)) continue;
+        const renews = this.#stale.delete(key) && from === "exchange" && to === "exchange";
+        if (from === to && !renews) continue;
         if (!to) this.bound.delete(key);
-        this.#busy.set(key, to !== undefined);
-        return { key, from, to };
+        const change = { key, from: renews ? undefined : from, to };
+        this.#busy.set(key, change);
+        return change;
       }
     }
     return undefined;
-  }
-
-  /** The same for a key that is bound, through an exchange that may have gone meanwhile. */
-  again(key: string): BindingChange | undefined {
-    if (this.#busy.has(key) || this.bound.get(key) !== "exchange") return undefined;
-    this.#busy.set(key, true);
-    return { key, from: undefined, to: "exchange" };
   }
 
   done({ key, to }: BindingChange): void {
@@ -3694,8 +3690,15 @@ class Bindings {
       this.digests.add(digestOf(key));
     } else this.digests.delete(digestOf(key));
     void this.look(key);
-    const isRoom = this.#ownerOf(key)?.key !== key;
-    this.resolve(isRoom ? [key] : this.#waiting.keys());
+    this.resolve(this.#isNamespace(key) ? this.#waiting.keys() : [key]); // rooms wait for their namespace as well
+  }
+
+  /** Rooms' exchanges may have gone: they are bound once more. */
+  renew(): void {
+    for (const key of this.viaExchange()) {
+      this.#stale.add(key);
+      this.#leaves.add(key);
+    }
   }
 
   /** Lets those of the joins go on that wait for nothing more. */
@@ -3716,14 +3719,11 @@ class Bindings {
   end(): void {
     for (const { resolve } of this.#waiting.values()) resolve();
     this.#waiting.clear();
-    for (const queue of this.#queues) queue.clear();
+    for (const queue of [this.#namespaces, this.#joins, this.#leaves]) queue.clear();
   }
 
-  #enqueue(key: string, wanted: Way | undefined): void {
-    const [namespaces, joins, leaves] = this.#queues;
-    if (!wanted) leaves.add(key);
-    else if (this.#ownerOf(key)?.key === key) namespaces.add(key);
-    else joins.add(key);
+  #isNamespace(key: string): boolean {
+    return this.#ownerOf(key)?.key === key;
   }
 
   #wants(key: string): Way | undefined {
@@ -3734,8 +3734,8 @@ class Bindings {
   }
 
   #ownerOf(key: string): RoomOwner | undefined {
-    if (!key.startsWith(HASHED)) return this.owners.get(namespaceOf(key));
-    return this.owners.values().find((owner) => owner.key === key || owner.roomsUnder(key).length > 0);
+    if (!key.startsWith(HASHED)) return this.#owners.get(namespaceOf(key));
+    return this.#owners.values().find((owner) => owner.key === key || owner.roomsUnder(key).length > 0);
   }
 }
 
@@ -3761,18 +3761,22 @@ function mayHaveRoomExchanges(model: AmqpConnection, wanted: boolean | undefined
   return wanted ?? isBelow(MAY_USE_KHEPRI);
 }
 
-/** How large a frame may be on this connection, in bytes: what was negotiated with the broker. amqplib leaves it out of its types. */
-function frameMax(model: AmqpConnection): number {
-  return (model as { connection?: { frameMax?: number } }).connection?.frameMax ?? MIN_FRAME;
+/** What amqplib leaves out of the types of its connections. */
+function internals(model: AmqpConnection) {
+  type Internals = { frameMax?: number; serverProperties?: { version?: unknown }; stream?: Partial<TcpSocket> };
+  return (model as { connection?: Internals }).connection;
 }
 
 /** AMQP 0-9-1's smallest `frame_max`. */
 const MIN_FRAME = 4_096;
 
-/** amqplib leaves the properties out of the type of its recovering connection. */
+/** How large a frame may be on this connection, in bytes. */
+function frameMax(model: AmqpConnection): number {
+  return internals(model)?.frameMax ?? MIN_FRAME;
+}
+
 function brokerVersion(model: AmqpConnection): string {
-  const { connection } = model as { connection?: { serverProperties?: { version?: unknown } } };
-  const version = /^\d+\.\d+(\.\d+)?/.exec(String(connection?.serverProperties?.version))?.[0] ?? "0.0.0";
+  const version = /^\d+\.\d+(\.\d+)?/.exec(String(internals(model)?.serverProperties?.version))?.[0] ?? "0.0.0";
   return version.split(".").length === 2 ? `${version}.0` : version;
 }
 
@@ -3845,7 +3849,8 @@ class Topology {
     const gone = before === undefined ? Promise.resolve() : removed(model, before);
     gone.then(() => {
       this.#idle.push(...lanes);
-      this.followAll();
+      bindings.lookAtAll(); // joins and leaves since the queue was made
+      this.#work();
     }, lose);
   }
 
@@ -3861,26 +3866,10 @@ class Topology {
     return live;
   }
 
-  followAll(): void {
-    this.bindings.lookAtAll();
-    this.#work();
-  }
-
   /** Binds the rooms' exchanges once more after a queue has gone: the broker may delete one with it just as it is bound. */
-  async renew(): Promise<void> {
-    try {
-      let lane = await openLane(this.model);
-      for (const key of this.bindings.viaExchange()) {
-        const change = this.bindings.again(key);
-        if (!change || this.#ended) continue;
-        lane = await this.#change(lane, change);
-        this.bindings.done(change);
-      }
-      await lane.close();
-      this.#work();
-    } catch (error) {
-      this.lose(asError(error));
-    }
+  renew(): void {
+    this.bindings.renew();
+    this.#work();
   }
 
   /**
@@ -3890,34 +3879,29 @@ class Topology {
   async close(): Promise<void> {
     this.bindings.end();
     while (this.#idle.length < LANES && !this.#ended) await Bun.sleep(5); // what is just being done
-    const keys = this.bindings.viaExchange();
+    const keys = this.bindings.viaExchange().values(); // each lane takes the next one
     await Promise.all(
-      this.#idle.map(async (lane, i) => {
-        for (const [n, key] of keys.entries())
-          if (n % LANES === i) lane = await this.#change(lane, { key, from: "exchange", to: undefined });
+      this.#idle.map(async (lane) => {
+        for (const key of keys) lane = await this.#change(lane, { key, from: "exchange", to: undefined });
       }),
     );
   }
 
   #work(): void {
-    this.#switch();
-    while (this.#idle.length > 0 && !this.#ended) {
-      const change = this.bindings.next();
-      const lane = change && this.#idle.pop();
-      if (!lane) break;
-      void this.#changeAll(lane, change);
-    }
+    if (this.#ended) return;
+    for (const lane of this.#idle.splice(0)) void this.#drain(lane);
     this.#switch();
   }
 
-  async #changeAll(lane: Channel, first: BindingChange): Promise<void> {
+  /** Binds and unbinds on one channel until there is nothing left to do. */
+  async #drain(lane: Channel): Promise<void> {
     try {
-      for (let change: BindingChange | undefined = first; change && !this.#ended; change = this.bindings.next()) {
+      for (let change = this.bindings.next(); change && !this.#ended; change = this.bindings.next()) {
         lane = await this.#change(lane, change);
         this.bindings.done(change);
       }
       this.#idle.push(lane);
-      this.#work();
+      this.#switch();
     } catch (error) {
       this.lose(asError(error));
     }
@@ -3929,11 +3913,10 @@ class Topology {
     const takesAll = bindings.missing > (bindings.takesAll ? 0 : STORM);
     if (takesAll === bindings.takesAll || this.#switching || this.#ended) return;
     this.#switching = true;
+    if (!takesAll) bindings.takesAll = false; // from the unbinding on, it is no longer relied on
     const channel = this.#channel;
-    if (!takesAll) bindings.takesAll = false;
-    const switched = takesAll
-      ? channel?.bindQueue(queue, this.names.main, "")
-      : channel?.unbindQueue(queue, this.names.main, "");
+    const { main } = this.names;
+    const switched = takesAll ? channel?.bindQueue(queue, main, "") : channel?.unbindQueue(queue, main, "");
     switched?.then(() => {
       this.#switching = false;
       bindings.takesAll = takesAll;
@@ -4081,8 +4064,10 @@ class Connection {
       } catch (reason) {
         error = asError(reason);
       }
-      if (this.upSince !== undefined && performance.now() - this.upSince > STABLE) attempt = 0;
-      if (this.upSince !== undefined) this.#context.changed("disconnect", this.#name);
+      if (this.upSince !== undefined) {
+        if (performance.now() - this.upSince > STABLE) attempt = 0;
+        this.#context.changed("disconnect", this.#name);
+      }
       this.upSince = undefined;
       this.#events.down(error);
       if (model) await release(model);
@@ -4092,49 +4077,35 @@ class Connection {
       const { reports, settings } = this.#context;
       if (kindOf(error) !== reported) reports.report(explain(error, this.#name, settings.prefix));
       reported = kindOf(error);
-      await this.#pause(backoff(attempt, error));
+      await this.#within(backoff(attempt, error));
     }
   }
 
-  /** A connection, or an error: one that does not answer at all is given up, and closed if it answers later. */
+  /** A connection that does not come in time is given up, and closed if it comes later. */
   async #open(): Promise<AmqpConnection> {
-    let late = false;
-    const opening = (async () => {
-      const model = await this.#context.settings.amqpConnection();
-      if (typeof model?.createConfirmChannel !== "function" || typeof model.close !== "function")
-        throw new TypeError(`amqpConnection returned ${Bun.inspect(model)}, not what amqplib's connect() returns`);
-      if (used.has(model))
-        throw new TypeError(
-          "amqpConnection returned a connection that is in use: return a new connection from each call",
-        );
-      used.add(model);
-      if (late) {
-        watch(model, (error) => debug("late: %s", error.message));
-        await release(model);
-      }
-      return model;
-    })();
-    opening.catch(() => {}); // once it is late, nobody waits for it
-    const stopped = new Promise<undefined>((resolve) => {
-      this.#wake = () => {
-        late = true;
-        resolve(undefined);
-      };
-    });
-    const model = await within(CONNECT_PATIENCE, Promise.race([opening, stopped]));
-    late ||= !model;
-    if (!model) throw new Error(`amqpConnection did not connect within ${CONNECT_PATIENCE} ms`);
+    const opening = this.#connect();
+    const model = await this.#within(CONNECT_PATIENCE, opening);
+    if (model) return model;
+    opening.then(discard).catch(() => {}); // nobody waits for it any more
+    throw new Error(`amqpConnection did not connect within ${CONNECT_PATIENCE} ms`);
+  }
+
+  async #connect(): Promise<AmqpConnection> {
+    const model = await this.#context.settings.amqpConnection();
+    if (typeof model?.createConfirmChannel !== "function" || typeof model.close !== "function")
+      throw new TypeError(`amqpConnection returned ${Bun.inspect(model)}, not what amqplib's connect() returns`);
+    if (used.has(model))
+      throw new TypeError(
+        "amqpConnection returned a connection that is in use: return a new connection from each call",
+      );
+    used.add(model);
     return model;
   }
 
-  #pause(ms: number): Promise<void> {
-    return new Promise((resolve) => {
-      const timer = setTimeout(resolve, ms);
-      this.#wake = () => {
-        clearTimeout(timer);
-        resolve();
-      };
-    });
+  /** What a promise resolves to, or undefined after `ms`, or at once when `close()` is called. */
+  #within<T>(ms: number, promise?: Promise<T>): Promise<T | undefined> {
+    const closed = new Promise<undefined>((resolve) => (this.#wake = () => resolve(undefined)));
+    return within(ms, promise ? Promise.race([promise, closed]) : closed);
   }
 }
 
@@ -4144,9 +4115,9 @@ function watch(model: AmqpConnection, lose: Lose): void {
   const emitter: NodeJS.EventEmitter = model;
   emitter.on("error", lose).on("close", (error?: Error) => lose(error ?? new Error("Connection closed")));
   emitter.on("disconnect", lose); // amqplib's recovering connection: replaced, not waited for
-  // amqplib leaves its socket out of its types. It also leaves Nagle's algorithm on, which holds a small message back for
-  // up to 40 ms while another is under way, and does not look at the socket's own "close".
-  const stream = (model as { connection?: { stream?: Partial<TcpSocket> } }).connection?.stream;
+  // amqplib leaves Nagle's algorithm on, which holds a small message back for up to 40 ms while another is under way, and
+  // does not look at the socket's own "close".
+  const stream = internals(model)?.stream;
   stream?.setNoDelay?.(true);
   stream?.once?.("close", () => queueMicrotask(() => lose(new Error("Socket closed"))));
 }
@@ -4167,6 +4138,12 @@ async function within<T>(ms: number, promise: Promise<T>): Promise<T | undefined
   } finally {
     clearTimeout(timer);
   }
+}
+
+/** Closes a connection that came too late to be used. */
+async function discard(model: AmqpConnection): Promise<void> {
+  watch(model, (error) => debug("late: %s", error.message));
+  await release(model);
 }
 
 /** Closes what `amqpConnection` returned. */
@@ -4361,14 +4338,9 @@ function readFrame(body: Buffer): Frame {
   const sender = body.toString("latin1", 2, 10);
   if (version !== VERSION) throw new UnknownVersion(version, sender);
   if (kind !== FrameKind.Packets && kind !== FrameKind.Control) throw new FrameError(`a frame of kind ${kind}`);
-  return {
-    kind,
-    sender,
-    number: body.readUIntLE(10, 6),
-    floor: body.readUIntLE(16, 6),
-    packets: body.readUInt32LE(28),
-    body,
-  };
+  const number = body.readUIntLE(10, 6);
+  const floor = body.readUIntLE(16, 6);
+  return { kind, sender, number, floor, packets: body.readUInt32LE(28), body };
 }
 
 /** The packets of a frame for the same rooms. */
@@ -4486,16 +4458,15 @@ const heads = new Map<string, PacketsHead>();
 const MAX_HEADS = 4_096;
 
 function packetsHead(text: string): PacketsHead {
-  let head = heads.get(text);
-  if (!head) {
-    const value = parseJson(text, ARRAY);
-    const [rooms, except, flags] = Array.isArray(value) ? (value as unknown[]) : [];
-    if (!isRooms(rooms) || !isRooms(except) || !isRecord(flags))
-      throw new FrameError("a section whose head is not [rooms, except, flags]");
-    head = { rooms: new Set(rooms), except: new Set(except), flags };
-    if (heads.size >= MAX_HEADS) heads.clear();
-    if (text.length < 1_024) heads.set(text, head);
-  }
+  const known = heads.get(text);
+  if (known) return known;
+  const value = parseJson(text, ARRAY);
+  const [rooms, except, flags] = Array.isArray(value) ? (value as unknown[]) : [];
+  if (!isRooms(rooms) || !isRooms(except) || !isRecord(flags))
+    throw new FrameError("a section whose head is not [rooms, except, flags]");
+  const head = { rooms: new Set(rooms), except: new Set(except), flags };
+  if (heads.size >= MAX_HEADS) heads.clear();
+  if (text.length < 1_024) heads.set(text, head);
   return head;
 }
 
@@ -4536,20 +4507,15 @@ type Answer =
   | { type: "ack"; id: string; packet?: Part[] }
   | { type: "clients"; id: string; count: number };
 
+/** The revision of the namespaces, the last number that was published, and the one up to which all is confirmed. */
+type Progress = Record<"revision" | "number" | "floor", number>;
+
 /** What servers and emitters tell each other about themselves. */
 type Control =
   /** What is open, and what was published; `reply` asks for the same. */
-  | {
-      type: "hello";
-      namespaces: string[];
-      revision: number;
-      number: number;
-      floor: number;
-      shared: Shared;
-      reply: boolean;
-    }
-  /** Alive: the last number that was published, the one up to which all is confirmed, and how many rooms are bound. */
-  | { type: "beat"; revision: number; number: number; floor: number; rooms: number }
+  | ({ type: "hello"; namespaces: string[]; shared: Shared; reply: boolean } & Progress)
+  /** Alive, with so many bound rooms. */
+  | ({ type: "beat"; rooms: number } & Progress)
   /** Closing, after that number. */
   | { type: "bye"; number: number }
   /** Comes back if there is no queue. */
@@ -4564,7 +4530,7 @@ type Control =
 type Check = (value: Record<string, unknown>) => boolean;
 type Checks<T extends { type: string }> = Record<T["type"], Check>;
 
-const isId = (value: unknown): boolean => typeof value === "string";
+const isString = (value: unknown): boolean => typeof value === "string";
 const isParts = (value: unknown): boolean =>
   Array.isArray(value) && value.every((part) => typeof part === "string" || part instanceof Uint8Array);
 const isNumber = (value: unknown): boolean => Number.isSafeInteger(value) && Number(value) >= 0;
@@ -4575,32 +4541,32 @@ const isRooms = (value: unknown): value is Room[] =>
 const isOptions = (value: unknown): boolean =>
   isRecord(value) && isRooms(value["rooms"]) && isRooms(value["except"]) && isRecord(value["flags"]);
 
+const isMove: Check = ({ opts, rooms }) => isOptions(opts) && isRooms(rooms) && rooms.every(isRoom);
+
 const MESSAGES: Checks<Message> = {
   packet: ({ opts, data }) => isOptions(opts) && Array.isArray(data),
-  join: ({ opts, rooms }) => isOptions(opts) && isRooms(rooms) && rooms.every(isRoom),
-  leave: ({ opts, rooms }) => isOptions(opts) && isRooms(rooms) && rooms.every(isRoom),
+  join: isMove,
+  leave: isMove,
   disconnect: ({ opts }) => isOptions(opts),
-  emit: ({ id, args }) => (id === undefined || isId(id)) && Array.isArray(args),
-  fetch: ({ id, opts }) => isId(id) && isOptions(opts),
-  claim: ({ id, pid, offset }) => [id, pid ?? "", offset ?? ""].every(isId),
-  missed: ({ id, pids, offset }) => Array.isArray(pids) && [id, offset ?? "", ...pids].every(isId),
-  offer: ({ id }) => isId(id),
-  broadcast: ({ id, opts, timeout, packet }) => isId(id) && isOptions(opts) && isNumber(timeout) && isParts(packet),
-  items: ({ id, items }) => isId(id) && Array.isArray(items),
-  answer: ({ id }) => isId(id),
-  ack: ({ id, packet }) => isId(id) && (packet === undefined || isParts(packet)),
-  clients: ({ id, count }) => isId(id) && isNumber(count),
+  emit: ({ id, args }) => (id === undefined || isString(id)) && Array.isArray(args),
+  fetch: ({ id, opts }) => isString(id) && isOptions(opts),
+  claim: ({ id, pid, offset }) => [id, pid ?? "", offset ?? ""].every(isString),
+  missed: ({ id, pids, offset }) => Array.isArray(pids) && [id, offset ?? "", ...pids].every(isString),
+  offer: ({ id }) => isString(id),
+  broadcast: ({ id, opts, timeout, packet }) => isString(id) && isOptions(opts) && isNumber(timeout) && isParts(packet),
+  items: ({ id, items }) => isString(id) && Array.isArray(items),
+  answer: ({ id }) => isString(id),
+  ack: ({ id, packet }) => isString(id) && (packet === undefined || isParts(packet)),
+  clients: ({ id, count }) => isString(id) && isNumber(count),
 };
+const isProgress: Check = ({ revision, number, floor }) => [revision, number, floor].every(isNumber);
 const CONTROLS: Checks<Control> = {
-  hello: ({ namespaces, revision, number, floor, shared }) =>
-    Array.isArray(namespaces) &&
-    namespaces.every((nsp) => typeof nsp === "string") &&
-    [revision, number, floor].every(isNumber) &&
-    isRecord(shared),
-  beat: ({ revision, number, floor, rooms }) => [revision, number, floor, rooms].every(isNumber),
+  hello: ({ namespaces, shared, ...progress }) =>
+    Array.isArray(namespaces) && namespaces.every(isString) && isProgress(progress) && isRecord(shared),
+  beat: ({ rooms, ...progress }) => isNumber(rooms) && isProgress(progress),
   bye: ({ number }) => isNumber(number),
   ping: () => true,
-  missing: ({ uid }) => typeof uid === "string",
+  missing: ({ uid }) => isString(uid),
   ask: ({ id, after }) => isNumber(id) && (after === undefined || isNumber(after)),
   begin: ({ id, from, to }) => [id, from, to].every(isNumber),
 };
@@ -4626,24 +4592,18 @@ function readControl({ body }: Frame): Control {
 function encodeValue(value: unknown): Part[] {
   const binaries: Uint8Array[] = [];
   const json = JSON.stringify(value, function (this: Record<string, unknown>, key, replaced: unknown) {
-    const original = this[key]; // before Buffer's toJSON
-    const binary = asBinary(original);
+    const binary = asBinary(this[key]); // the value before Buffer's toJSON
     return binary ? { _placeholder: true, num: binaries.push(binary) - 1 } : replaced;
   });
   return [json, ...binaries];
 }
 
 function decodeValue([json, ...binaries]: Part[]): unknown {
-  return parseJson(
-    json,
-    OBJECT,
-    binaries.length === 0
-      ? undefined
-      : (value) => {
-          if (!isRecord(value) || value["_placeholder"] !== true || typeof value["num"] !== "number") return value;
-          return binaries[value["num"]] ?? value;
-        },
-  );
+  if (binaries.length === 0) return parseJson(json, OBJECT);
+  return parseJson(json, OBJECT, (value) => {
+    if (!isRecord(value) || value["_placeholder"] !== true || typeof value["num"] !== "number") return value;
+    return binaries[value["num"]] ?? value;
+  });
 }
 
 /** How JSON begins, and what is meant. */
@@ -4703,8 +4663,8 @@ const HASHED = "%";
 const MAX_BYTES = 255;
 
 const isShort = (name: string): boolean => name.length * 3 <= MAX_BYTES || Buffer.byteLength(name) <= MAX_BYTES;
-const short = (key: string): string =>
-  isShort(key) ? key : `${HASHED}${createHash("sha256").update(key).digest("hex")}`;
+const hashed = (key: string): string => `${HASHED}${createHash("sha256").update(key).digest("hex")}`;
+const short = (key: string): string => (isShort(key) ? key : hashed(key));
 /** `#` and `%` are escaped, or namespace `/a#b` would claim the key of room `b` in `/a`. */
 const escaped = (nsp: string): string =>
   /[%#]/.test(nsp) ? nsp.replace(/[%#]/g, (char) => (char === "#" ? "%23" : "%25")) : nsp;
@@ -4729,25 +4689,22 @@ function isSocketId(room: Room): boolean {
 }
 
 class Names {
-  /** Everybody publishes to it. */
+  /** Everybody publishes to this exchange, which bears the prefix as its name. */
   readonly main: string;
   /** Behind it: queues are bound to it by routing key. */
   readonly keys: string;
 
-  readonly prefix: string;
-
   constructor(prefix: string) {
-    this.prefix = prefix;
     this.main = prefix;
     this.keys = `${prefix}#keys`;
   }
 
   roomExchange(key: string): string {
-    const name = `${this.prefix}#${key}`;
-    return isShort(name) ? name : `${this.prefix}#${HASHED}${createHash("sha256").update(key).digest("hex")}`;
+    const name = `${this.main}#${key}`;
+    return isShort(name) ? name : `${this.main}#${hashed(key)}`;
   }
 
   queue(uid: string, generation: number): string {
-    return `${this.prefix}#@${uid}.${generation}`;
+    return `${this.main}#@${uid}.${generation}`;
   }
 }
