@@ -1254,6 +1254,19 @@ class Sessions {
     return { session: { ...session, ...this.#own(trail) }, offsets };
   }
 
+  /** What the clients of sessions may have missed, whatever their offsets. */
+  needed(sessions: readonly Session[]): Delivered[] {
+    const rooms = new Set(sessions.flatMap((session) => session.rooms));
+    const behind = new Map<string, number>();
+    for (const { series, base, from } of sessions)
+      for (const [name, position] of [[series, base] as const, ...Object.entries(from)])
+        behind.set(name, Math.min(behind.get(name) ?? Infinity, position));
+    return this.log
+      .after(0)
+      .filter((packet) => packet.position > (behind.get(packet.series) ?? Infinity))
+      .filter((packet) => packet.rooms.length === 0 || packet.rooms.some((room) => rooms.has(room)));
+  }
+
   /** Gives a session away as another server takes it over; its rooms stay pinned until `unpin()`. */
   release({ pid }: Session): Session | undefined {
     const { session, until } = this.#waiting.get(pid) ?? {};
@@ -1471,14 +1484,11 @@ class Recovery {
     if (!heard) return [];
     const sessions = pids.flatMap((pid) => this.#claimed.get(pid) ?? []);
     for (const pid of pids) this.#claimed.delete(pid);
-    const rooms = new Set(sessions.flatMap((session) => session.rooms));
     const [session] = sessions;
     const missed =
-      offset !== undefined
-        ? ((session && this.sessions.missed(session, offset)) ?? [])
-        : this.sessions.log
-            .after(0)
-            .filter((packet) => packet.rooms.length === 0 || packet.rooms.some((room) => rooms.has(room)));
+      offset === undefined
+        ? this.sessions.needed(sessions)
+        : ((session && this.sessions.missed(session, offset)) ?? []);
     this.#unpin(sessions);
     return [{ heard }, ...missed];
   }
