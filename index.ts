@@ -504,36 +504,6 @@ class LocalAdapter extends Adapter {
     }, timeout + ACK_GRACE).unref();
   }
 
-  /** What a peer learns of a local socket. What cannot be sent is left out and reported. */
-  #details({ id, handshake, rooms, data }: Socket): unknown {
-    const { sessionStore: _, ...rest } = handshake as { readonly sessionStore?: unknown }; // may hold circular references
-    const max = this.#maxDetails;
-    const left: string[] = [];
-    const sendable = (name: string, value: unknown) => {
-      if (!isRecord(value)) return value;
-      const kept = Object.entries(value).filter(([key, part]) => {
-        const fits = lengthOf(part) <= max;
-        if (!fits) left.push(`${name}.${key}`);
-        return fits;
-      });
-      return Object.fromEntries(kept);
-    };
-    let details: unknown = { id, handshake: rest, rooms: [...rooms], data };
-    if (lengthOf(details) > max)
-      details = { id, handshake: sendable("handshake", rest), rooms: [...rooms], data: sendable("data", data) };
-    if (lengthOf(details) > max) {
-      left.push("handshake", "data");
-      details = { id, handshake: { headers: {}, query: {}, auth: {} }, rooms: [...rooms], data: {} };
-    }
-    if (left.length > 0)
-      this.#report(
-        new Error(
-          `Of socket ${id}, ${left.join(", ")} cannot be sent to another server: not JSON, or over ${max} bytes`,
-        ),
-      );
-    return details;
-  }
-
   /** @internal */
   onConnection(event: "connect" | "disconnect", connection: string): void {
     queueMicrotask(() => this.emit(event, connection));
@@ -571,7 +541,7 @@ class LocalAdapter extends Adapter {
   protected answerFetch({ id, opts }: Message & { type: "fetch" }, answer: (value: Answer) => void): void {
     this.answerWith(
       id,
-      this.localSockets(fromWire(opts)).map((socket) => this.#details(socket)),
+      this.localSockets(fromWire(opts)).map((socket) => detailsOf(socket, this.#maxDetails, this.#report)),
       answer,
     );
   }
@@ -990,6 +960,27 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
         this.#node.requests.onAnswer(message, from);
     }
   }
+}
+
+/** What a peer learns of a socket, in at most `max` bytes of each part. What cannot be sent is left out, and reported by its key. */
+function detailsOf({ id, handshake, rooms, data }: Socket, max: number, report: (error: Error) => void): unknown {
+  const { sessionStore: _, ...rest } = handshake as { readonly sessionStore?: unknown }; // may hold circular references
+  const details = { id, handshake: rest, rooms: [...rooms], data };
+  if (lengthOf(details) <= max) return details;
+  const left: string[] = [];
+  const sendable = (name: string, value: unknown): unknown => {
+    if (lengthOf(value) <= max / 2) return value;
+    if (!isRecord(value)) left.push(name);
+    const entries = isRecord(value) ? Object.entries(value) : [];
+    const kept = Object.fromEntries(entries.filter(([, part]) => lengthOf(part) <= max / 2));
+    const all = lengthOf(kept) <= max / 2 ? kept : {};
+    left.push(...entries.filter(([key]) => !(key in all)).map(([key]) => `${name}.${key}`));
+    return all;
+  };
+  const sent = { id, handshake: sendable("handshake", rest), rooms: [...rooms], data: sendable("data", data) };
+  const what = `${left.join(", ")} cannot be sent to another server: not JSON, or over ${max / 2} bytes together`;
+  report(new Error(`Of socket ${id}, ${what}`));
+  return { ...sent, handshake: { headers: {}, query: {}, auth: {}, ...(sent.handshake as object) } };
 }
 
 /** A name for the kind of a server's parser. */
