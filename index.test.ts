@@ -9,6 +9,7 @@ import { once } from "node:events";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { setInterval } from "node:timers/promises";
+import { inspect } from "node:util";
 import { Server, type RemoteSocket, type ServerOptions, type Socket } from "socket.io";
 import { Manager, type ManagerOptions, type Socket as ClientSocket } from "socket.io-client";
 import * as msgpack from "socket.io-msgpack-parser";
@@ -1081,6 +1082,15 @@ describe("on the broker", () => {
     expect(b.adapter.stats.packetsReceived).toBe(51);
     expect(a.adapter.stats.framesSent).toBeLessThanOrEqual(51);
     await eventually(() => expect(a.adapter.stats.unconfirmed).toBe(0));
+  });
+
+  test("stats print as a short block, and are a plain object to code", async () => {
+    const { stats } = (await crew()).a.adapter;
+    for (const printed of [Bun.inspect(stats), inspect(stats)]) {
+      expect(printed.split("\n").length).toBeLessThanOrEqual(6);
+      expect(printed).toMatch(/connected; 1 rooms; [^]* lost 0, dropped 0\n  last error: none$/);
+    }
+    expect(Object.keys(JSON.parse(JSON.stringify(stats)))).toContain("packetsSent");
   });
 });
 
