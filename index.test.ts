@@ -550,6 +550,15 @@ describe("acknowledgements", () => {
     expect(names.toSorted()).toEqual(["ann", "bob"]);
   });
 
+  test("for arguments that cannot be encoded are an error for the caller, and cost no other", async () => {
+    const { a, people } = await crew();
+    await expect(a.io.timeout(500).emitWithAck("name?", 1n)).rejects.toThrow("BigInt");
+    expect(await a.io.timeout(2_000).emitWithAck("name?")).toHaveLength(3);
+    const nobody = { ann: [], bob: [], cat: [] };
+    expect(await heardFrom(a.io, people)).toEqual(nobody);
+    expect(errorsOf(a)).toEqual([expect.stringContaining("A packet cannot be encoded for other servers")]);
+  });
+
   test("come from one remote socket", async () => {
     const { a, cat } = await crew();
     const [remote] = await a.io.in(cat.socket.id).fetchSockets();
@@ -932,6 +941,36 @@ describe("clients over", () => {
     emitter.to("blue").emit("hello", ...packet.slice(1));
     expect(await heardFrom(emitter, people)).toEqual(only("bob cat", people, packet));
     expect(await a.io.timeout(2_000).emitWithAck("name?")).toHaveLength(3);
+  });
+
+  test("a parser that keeps dates and NaN keep them in acknowledged broadcasts and their answers", async () => {
+    const { a, people } = await crew(undefined, { parser: msgpack }, { parser: msgpack });
+    const values = [new Date(0), NaN];
+    for (const { client } of Object.values(people))
+      client.on("echo", (...args: [...unknown[], (answer: unknown) => void]) => {
+        const answer = args.pop() as (answer: unknown) => void;
+        answer(args);
+      });
+    expect(await a.io.timeout(2_000).emitWithAck("echo", ...values)).toEqual([values, values, values]);
+    for (const { heard } of Object.values(people)) expect(heard).toEqual([["echo", ...values]]);
+  });
+
+  test("a parser whose answer cannot be sent to another server report it there, and give no value", async () => {
+    class Decoder extends msgpack.Decoder {
+      override add(packet: unknown): void {
+        this.once("decoded", ({ data }: { data: unknown }) => {
+          if (Array.isArray(data)) data.forEach((value, i) => value === "a BigInt" && (data[i] = 1n));
+        });
+        super.add(packet);
+      }
+    }
+    const parser = { ...msgpack, Decoder };
+    const { a, b, bob, people } = await crew(undefined, { parser }, { parser: msgpack });
+    for (const { client } of Object.values(people))
+      client.on("ask", (answer: (value: unknown) => void) => answer(client === bob.client ? "a BigInt" : "text"));
+    const answers: unknown[] = await a.io.timeout(2_000).emitWithAck("ask");
+    expect(answers.toSorted()).toEqual(["text", "text", undefined]);
+    expect(errorsOf(b)).toEqual([expect.stringContaining("A packet cannot be encoded for other servers")]);
   });
 });
 
@@ -1356,6 +1395,25 @@ describe("a connection", () => {
     expect(node.adapter.stats.connected).toBe(true);
   });
 
+  test("with a small frame_max carries an emit to a thousand rooms, and stays", async () => {
+    const { a, people } = await crew({ amqpConnection: () => connect(`${broker.url}?frameMax=8192`) });
+    const rooms = Array.from({ length: 1_000 }, (_, i) => `room-${i}`);
+    a.io.to([...rooms, "blue"]).emit("hello");
+    expect(await heardFrom(a.io, people)).toEqual(only("bob cat", people, ["hello"]));
+    expect(a.adapter.stats.reconnects).toEqual({ consuming: 0, publishing: 0 });
+  });
+
+  test.each([
+    ["with too few channels", "?channelMax=2", /No channels left.*; allow at least \d+ channels: channelMax/],
+    ["to a virtual host that is missing", "/no-such-host", /; create the virtual host that the URL names/],
+  ])("%s says what to do", async (_, end, advice) => {
+    const node = await start({ amqpConnection: () => connect(`${broker.url.replace(/\/$/, "")}${end}`) });
+    const [error] = await once(node.adapter, "error");
+    expect(String(error)).toMatch(advice);
+    await node.io.close();
+    errorsOf(node);
+  });
+
   test("that never comes costs local sockets nothing", async () => {
     const node = await start({ amqpConnection: () => connect("amqp://127.0.0.1:1") });
     const ann = await join(node);
@@ -1692,6 +1750,25 @@ describe("an outage", () => {
     expect(errorsOf(b).join()).toMatch(new RegExp(`Lost ${b.adapter.stats.lost} frames of peer`));
     nodes.forEach(errorsOf);
   }, 45_000);
+
+  test("in which one packet of nearly maxPayload was sent loses none of those before it", async () => {
+    const { links, a, b, c, bob, cat } = await linked();
+    const [, link] = links;
+    link?.cut();
+    await eventually(() => expect(b.adapter.stats.connected).toBe(false), 5_000);
+    for (let i = 0; i < 10; i++) a.io.to("red").emit("number", "a", i);
+    a.io.to("red").emit("large", Buffer.alloc(15 * 1024 * 1024));
+    a.io.to("red").emit("number", "a", 10);
+    const end = received(bob.client, "end");
+    a.io.to("red").emit("end");
+    await received(cat.client, "end");
+    link?.heal();
+    await end;
+    expect(numbers(bob, "a")).toEqual(upTo(11));
+    expect(bob.heard.map(([event]) => event)).toContain("large");
+    expect([a, b, c].map(({ adapter }) => adapter.stats.lost)).toEqual([0, 0, 0]);
+    [a, b, c].forEach(errorsOf);
+  }, 20_000);
 
   test("of both, longer than the journal, drops what waited too long, delivers the rest, and counts no loss twice", async () => {
     const { links, nodes, a, b, bob } = await linked({ journal: { ms: 1_000 }, heartbeatInterval: 100 });
