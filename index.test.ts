@@ -1398,9 +1398,11 @@ describe("a connection", () => {
   });
 
   test("with a small frame_max carries an emit to a thousand rooms, and stays", async () => {
-    const { a, people } = await crew({ amqpConnection: () => connect(urlWith({ search: "frameMax=8192" })) });
+    const { a, bob, people } = await crew({ amqpConnection: () => connect(urlWith({ search: "frameMax=8192" })) });
     const rooms = Array.from({ length: 1_000 }, (_, i) => `room-${i}`);
+    const hello = received(bob.client, "hello");
     a.io.to([...rooms, "blue"]).emit("hello");
+    await hello; // what follows would share the message, and its keys
     expect(await heardFrom(a.io, people)).toEqual(only("bob cat", people, ["hello"]));
     expect(a.adapter.stats.reconnects).toEqual({ consuming: 0, publishing: 0 });
   });
@@ -1767,8 +1769,8 @@ describe("an outage", () => {
     const [, link] = links;
     link?.cut();
     await eventually(() => expect(b.adapter.stats.connected).toBe(false), 5_000);
-    for (let i = 0; i < 10; i++) a.io.to("red").emit("number", "a", i);
-    a.io.to("red").emit("large", Buffer.alloc(15 * 1024 * 1024));
+    for (let i = 0; i < 10; i++) a.io.to("red").emit("number", "a", i, Buffer.alloc(1_000));
+    a.io.to("red").emit("large", Buffer.alloc(2 ** 24 - 5_000)); // the default of maxPayload is 2 ** 24
     a.io.to("red").emit("number", "a", 10);
     const end = received(bob.client, "end");
     a.io.to("red").emit("end");
