@@ -9,6 +9,7 @@ import { once } from "node:events";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
 import { setInterval } from "node:timers/promises";
+import { inspect } from "node:util";
 import { Server, type RemoteSocket, type ServerOptions, type Socket } from "socket.io";
 import { Manager, type ManagerOptions, type Socket as ClientSocket } from "socket.io-client";
 import * as msgpack from "socket.io-msgpack-parser";
@@ -88,6 +89,8 @@ interface Node extends Host {
 }
 type Options = Partial<AdapterOptions>;
 const amqpConnection = () => connect(broker.url);
+/** The broker's URL, which may be one without a user, with other parts. */
+const urlWith = (parts: Partial<URL>): string => Object.assign(new URL(broker.url), parts).href;
 
 /** A server whose adapter may still be on its way to the broker. A test that expects errors takes them with `errorsOf()`. */
 async function start(options: Options = {}, server?: HostOptions): Promise<Node> {
@@ -549,6 +552,15 @@ describe("acknowledgements", () => {
     expect(names.toSorted()).toEqual(["ann", "bob"]);
   });
 
+  test("for arguments that cannot be encoded are an error for the caller, and cost no other", async () => {
+    const { a, people } = await crew();
+    await expect(a.io.timeout(500).emitWithAck("name?", 1n)).rejects.toThrow("BigInt");
+    expect(await a.io.timeout(2_000).emitWithAck("name?")).toHaveLength(3);
+    const nobody = { ann: [], bob: [], cat: [] };
+    expect(await heardFrom(a.io, people)).toEqual(nobody);
+    expect(errorsOf(a)).toEqual([expect.stringContaining("A packet cannot be encoded for other servers")]);
+  });
+
   test("come from one remote socket", async () => {
     const { a, cat } = await crew();
     const [remote] = await a.io.in(cat.socket.id).fetchSockets();
@@ -932,6 +944,36 @@ describe("clients over", () => {
     expect(await heardFrom(emitter, people)).toEqual(only("bob cat", people, packet));
     expect(await a.io.timeout(2_000).emitWithAck("name?")).toHaveLength(3);
   });
+
+  test("a parser that keeps dates and NaN keep them in acknowledged broadcasts and their answers", async () => {
+    const { a, people } = await crew(undefined, { parser: msgpack }, { parser: msgpack });
+    const values = [new Date(0), NaN];
+    for (const { client } of Object.values(people))
+      client.on("echo", (...args: [...unknown[], (answer: unknown) => void]) => {
+        const answer = args.pop() as (answer: unknown) => void;
+        answer(args);
+      });
+    expect(await a.io.timeout(2_000).emitWithAck("echo", ...values)).toEqual([values, values, values]);
+    for (const { heard } of Object.values(people)) expect(heard).toEqual([["echo", ...values]]);
+  });
+
+  test("a parser whose answer cannot be sent to another server report it there, and give no value", async () => {
+    class Decoder extends msgpack.Decoder {
+      override add(packet: unknown): void {
+        this.once("decoded", ({ data }: { data: unknown }) => {
+          if (Array.isArray(data)) data.forEach((value, i) => value === "a BigInt" && (data[i] = 1n));
+        });
+        super.add(packet);
+      }
+    }
+    const parser = { ...msgpack, Decoder };
+    const { a, b, bob, people } = await crew(undefined, { parser }, { parser: msgpack });
+    for (const { client } of Object.values(people))
+      client.on("ask", (answer: (value: unknown) => void) => answer(client === bob.client ? "a BigInt" : "text"));
+    const answers: unknown[] = await a.io.timeout(2_000).emitWithAck("ask");
+    expect(answers.toSorted()).toEqual(["text", "text", undefined]);
+    expect(errorsOf(b)).toEqual([expect.stringContaining("A packet cannot be encoded for other servers")]);
+  });
 });
 
 describe("on the broker", () => {
@@ -1081,6 +1123,15 @@ describe("on the broker", () => {
     expect(b.adapter.stats.packetsReceived).toBe(51);
     expect(a.adapter.stats.framesSent).toBeLessThanOrEqual(51);
     await eventually(() => expect(a.adapter.stats.unconfirmed).toBe(0));
+  });
+
+  test("stats print as a short block, and are a plain object to code", async () => {
+    const { stats } = (await crew()).a.adapter;
+    for (const printed of [Bun.inspect(stats), inspect(stats)]) {
+      expect(printed.split("\n").length).toBeLessThanOrEqual(6);
+      expect(printed).toMatch(/connected; 1 rooms; [^]* lost 0, dropped 0\n  last error: none$/);
+    }
+    expect(Object.keys(JSON.parse(JSON.stringify(stats)))).toContain("packetsSent");
   });
 });
 
@@ -1346,6 +1397,35 @@ describe("a connection", () => {
     expect(node.adapter.stats.connected).toBe(true);
   });
 
+  test("with a small frame_max carries an emit to a thousand rooms, and stays", async () => {
+    const { a, bob, people } = await crew({ amqpConnection: () => connect(urlWith({ search: "frameMax=8192" })) });
+    const rooms = Array.from({ length: 1_000 }, (_, i) => `room-${i}`);
+    const hello = received(bob.client, "hello");
+    a.io.to([...rooms, "blue"]).emit("hello");
+    await hello; // what follows would share the message, and its keys
+    expect(await heardFrom(a.io, people)).toEqual(only("bob cat", people, ["hello"]));
+    expect(a.adapter.stats.reconnects).toEqual({ consuming: 0, publishing: 0 });
+  });
+
+  test.each([
+    [
+      "with too few channels",
+      { search: "channelMax=2" },
+      /No channels left.*; allow at least \d+ channels: channelMax/,
+    ],
+    [
+      "to a virtual host that is missing",
+      { pathname: "/no-such-host" },
+      /; create the virtual host that the URL names/,
+    ],
+  ])("%s says what to do", async (_, part, advice) => {
+    const node = await start({ amqpConnection: () => connect(urlWith(part)) });
+    const [error] = await once(node.adapter, "error");
+    expect(String(error)).toMatch(advice);
+    await node.io.close();
+    errorsOf(node);
+  });
+
   test("that never comes costs local sockets nothing", async () => {
     const node = await start({ amqpConnection: () => connect("amqp://127.0.0.1:1") });
     const ann = await join(node);
@@ -1446,7 +1526,8 @@ describe("a connection", () => {
     await broker.ctl("set_permissions", user, "^$", "^$", "^$");
     const [a, b] = await Promise.all([start(), start()]);
     await acquainted([a, b]);
-    const c = await start({ amqpConnection: () => connect(broker.url.replace("guest:guest", `${user}:secret`)) });
+    const url = urlWith({ username: user, password: "secret" });
+    const c = await start({ amqpConnection: () => connect(url) });
     const [error] = await once(c.adapter, "error");
     expect(String(error)).toMatch(/403|ACCESS_REFUSED/);
     const ours = `^${prefix}(#|$)`;
@@ -1683,6 +1764,25 @@ describe("an outage", () => {
     nodes.forEach(errorsOf);
   }, 45_000);
 
+  test("in which one packet of nearly maxPayload was sent loses none of those before it", async () => {
+    const { links, a, b, c, bob, cat } = await linked();
+    const [, link] = links;
+    link?.cut();
+    await eventually(() => expect(b.adapter.stats.connected).toBe(false), 5_000);
+    for (let i = 0; i < 10; i++) a.io.to("red").emit("number", "a", i, Buffer.alloc(1_000));
+    a.io.to("red").emit("large", Buffer.alloc(2 ** 24 - 5_000)); // the default of maxPayload is 2 ** 24
+    a.io.to("red").emit("number", "a", 10);
+    const end = received(bob.client, "end");
+    a.io.to("red").emit("end");
+    await received(cat.client, "end");
+    link?.heal();
+    await end;
+    expect(numbers(bob, "a")).toEqual(upTo(11));
+    expect(bob.heard.map(([event]) => event)).toContain("large");
+    expect([a, b, c].map(({ adapter }) => adapter.stats.lost)).toEqual([0, 0, 0]);
+    [a, b, c].forEach(errorsOf);
+  }, 20_000);
+
   test("of both, longer than the journal, drops what waited too long, delivers the rest, and counts no loss twice", async () => {
     const { links, nodes, a, b, bob } = await linked({ journal: { ms: 1_000 }, heartbeatInterval: 100 });
     a.io.to("red").emit("number", "a", 0);
@@ -1761,7 +1861,12 @@ describe("an outage", () => {
       const { dropped } = a.adapter.stats;
       expect(heard.length + dropped).toBe(5_000);
       expect(heard.slice(-100)).toEqual(upTo(5_000).slice(-100));
-      await eventually(() => expect(errorsOf(a).join()).toContain(`Dropped ${dropped} packets that waited`));
+      await eventually(() => {
+        const reported = (errors.get(a.adapter) ?? []).map(
+          ({ message }) => /Dropped (\d+) packets that/.exec(message)?.[1],
+        );
+        expect(reported.reduce((sum, packets = "0") => sum + Number(packets), 0)).toBe(dropped);
+      });
       nodes.forEach(errorsOf);
     },
     20_000,

@@ -176,6 +176,14 @@ export interface AdapterStats {
   lastError: Error | undefined;
 }
 
+/** What `console.log(adapter.stats)` prints. */
+const describeStats = (stats: AdapterStats): string => `AdapterStats
+  ${stats.connected ? "connected" : "not connected"}; ${stats.rooms} rooms; reconnects: ${stats.reconnects.consuming} consuming, ${stats.reconnects.publishing} publishing
+  sent ${stats.packetsSent} packets in ${stats.framesSent} frames, received ${stats.packetsReceived} in ${stats.framesReceived}
+  waiting: ${stats.queued} packets (${stats.queuedBytes} bytes); unconfirmed: ${stats.unconfirmed} frames; journal: ${stats.journalBytes} bytes
+  replayed ${stats.replayed}, duplicates ${stats.duplicates}, lost ${stats.lost}, dropped ${stats.dropped}
+  last error: ${stats.lastError?.message ?? "none"}`;
+
 /**
  * The adapter for `io.adapter(…)` or `new Server({ adapter: … })`. One result may serve several servers.
  * @throws TypeError if an option is wrong
@@ -789,7 +797,10 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   }
 
   get stats(): AdapterStats {
-    return { ...this.#node.stats, rooms: this.#node.receiver.countBound(this.keys()) };
+    const stats = { ...this.#node.stats, rooms: this.#node.receiver.countBound(this.keys()) };
+    return Object.defineProperty(stats, Symbol.for("nodejs.util.inspect.custom"), {
+      value: () => describeStats(stats),
+    });
   }
 
   /** This server's name in the cluster. */

@@ -55,8 +55,7 @@ async function existingBroker(url: string): Promise<Broker> {
     run(["rabbitmqctl", ...args]).catch((cause: Error) => {
       throw new Error(`this needs a private broker, without AMQP_URL: ${cause.message}`, { cause });
     });
-  const evaluate: Evaluate = async (expression) =>
-    parse(/@0 (\S+)/.exec(await ctl("eval", printing(0, expression)))?.[1]);
+  const evaluate = evaluator();
   return {
     url,
     port: Number(port || (protocol === "amqps:" ? 5671 : 5672)),
@@ -70,6 +69,60 @@ async function existingBroker(url: string): Promise<Broker> {
     kill: () => Promise.reject(new Error("kill() needs a private broker, without AMQP_URL")),
     close: () => Promise.resolve(),
   };
+}
+
+/** Evaluates on a broker of somebody else, through one `rabbitmqctl` that stays: it takes a second to start. It ends with its stdin. */
+function evaluator(): Evaluate {
+  let lastId = 0;
+  const answers = new Map<number, PromiseWithResolvers<string>>();
+  const open = () => {
+    const loop = `Loop = fun L() -> case io:get_line("") of
+        Line when is_binary(Line); is_list(Line) ->
+          {ok, Tokens, _} = erl_scan:string(unicode:characters_to_list(base64:decode(string:trim(Line)))),
+          {ok, Code} = erl_parse:parse_exprs(Tokens),
+          erl_eval:exprs(Code, []),
+          L();
+        _ -> ok
+      end end, Loop().`;
+    const child = Bun.spawn(["rabbitmqctl", "eval", loop], { stdin: "pipe", stdout: "pipe", stderr: "pipe" });
+    child.unref();
+    void Promise.all([readAnswers(child.stdout, answers), child.stderr.text()]).then(([, stderr]) => {
+      const message = `this needs rabbitmqctl, or a private broker, without AMQP_URL: ${stderr.trim()}`;
+      for (const { reject } of answers.values()) reject(new Error(message));
+      answers.clear();
+      stdin = undefined;
+    });
+    return child.stdin;
+  };
+  let stdin: ReturnType<typeof open> | undefined;
+  return async (expression) => {
+    stdin ??= open();
+    const answer = Promise.withResolvers<string>();
+    answers.set(++lastId, answer);
+    stdin.write(`${Buffer.from(printing(lastId, expression)).toString("base64")}\n`);
+    stdin.flush();
+    return parse(await answer.promise);
+  };
+}
+
+/** Hands out what `printing()` printed to those who wait for it, until the stream ends. */
+async function readAnswers(
+  stream: ReadableStream<Uint8Array>,
+  answers: Map<number, PromiseWithResolvers<string>>,
+  print: (text: string) => void = () => {},
+): Promise<void> {
+  const decoder = new TextDecoder();
+  let line = "";
+  for await (const bytes of stream) {
+    const text = decoder.decode(bytes, { stream: true });
+    print(text);
+    const lines = (line + text).split("\n");
+    line = lines.pop() ?? "";
+    for (const [, id, answer = ""] of lines.map((line) => /@(\d+) (\S+)$/.exec(line) ?? [])) {
+      answers.get(Number(id))?.resolve(answer);
+      answers.delete(Number(id));
+    }
+  }
 }
 
 /** What the private nodes of one cluster share. */
@@ -209,20 +262,8 @@ function privateNode(name: string, { folder, server, epmd, cookie, seed }: Place
     return parse(await answer.promise);
   };
 
-  const read = async (stream: ReadableStream<Uint8Array>) => {
-    const decoder = new TextDecoder();
-    let line = "";
-    for await (const bytes of stream) {
-      const text = decoder.decode(bytes, { stream: true });
-      output = (output + text).slice(-2000);
-      const lines = (line + text).split("\n");
-      line = lines.pop() ?? "";
-      for (const [, id, answer = ""] of lines.map((line) => /@(\d+) (\S+)$/.exec(line) ?? [])) {
-        answers.get(Number(id))?.resolve(answer);
-        answers.delete(Number(id));
-      }
-    }
-  };
+  const read = (stream: ReadableStream<Uint8Array>) =>
+    readAnswers(stream, answers, (text) => (output = (output + text).slice(-2000)));
 
   const boot = async () => {
     if (!existsSync(home)) {
