@@ -3636,6 +3636,7 @@ class Bindings {
   readonly #stale = new Set<string>();
   /** Joins that wait until their key is live. */
   readonly #waiting = new Map<string, PromiseWithResolvers<void>>();
+  #ended = false;
 
   constructor(owners: ReadonlyMap<string, RoomOwner>, mayHaveExchanges: boolean) {
     this.#owners = owners;
@@ -3656,6 +3657,7 @@ class Bindings {
 
   /** A key may have to be bound or unbound. The promise resolves when one that is wanted is live. */
   look(key: string): Promise<void> | undefined {
+    if (this.#ended) return undefined;
     const wanted = this.#wants(key);
     if (wanted !== this.bound.get(key) && !this.#busy.has(key)) {
       if (!wanted) this.#leaves.add(key);
@@ -3727,8 +3729,9 @@ class Bindings {
     return [...this.bound].flatMap(([key, way]) => (way === "exchange" ? [key] : []));
   }
 
-  /** The queue has gone: nobody waits for it. */
+  /** The queue goes: nothing more is bound, and nobody waits for it. */
   end(): void {
+    this.#ended = true;
     for (const { resolve } of this.#waiting.values()) resolve();
     this.#waiting.clear();
     for (const queue of [this.#namespaces, this.#joins, this.#leaves]) queue.clear();
