@@ -41,7 +41,7 @@ const FIGURES = {
   loopEmit: { title: "200,000 emits in one loop: the loop alone", unit: "s" },
   loopLost: { title: "200,000 emits in one loop: packets lost", unit: "", absolute: true },
   loopMemory: {
-    title: "sender's memory a minute after 200,000 emits in one loop, beyond before",
+    title: "sender's memory a minute and a heartbeat after 200,000 emits in one loop, beyond before",
     unit: "MB",
     absolute: true,
   },
