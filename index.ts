@@ -2848,7 +2848,7 @@ class PeerStream<Frame extends Numbered> {
   /** Every frame up to this number has come, was for others, or is lost; undefined until the peer is heard. */
   cursor: number | undefined;
   catchUp: CatchUp<Frame> | undefined;
-  #window = new ReceiveWindow();
+  readonly #window = new ReceiveWindow();
   readonly #events: StreamEvents<Frame>;
   readonly #maxHeld: number;
   #questions = 0;
@@ -2884,9 +2884,8 @@ class PeerStream<Frame extends Numbered> {
   /** The peer says that it has published up to this number, of which all up to `floor` is confirmed. */
   hears(number: number, floor: number): void {
     if (this.catchUp) return;
-    if (this.#window.highest > number + REMEMBERED) this.#window = new ReceiveWindow();
     if (this.cursor === undefined) this.cursor = number;
-    // A cursor or window above what was ever published is wrong, whoever is to blame.
+    // A cursor above what was ever published is wrong, whoever is to blame.
     else this.cursor = Math.max(Math.min(this.cursor, number), floor);
   }
 
