@@ -509,11 +509,13 @@ const HOSTILITIES: ((random: Random, real: Buffer, uid: string) => Buffer | stri
     unnumbered(real)[FIELDS.kind] = random.pick([0, 2, 3, 4, 255]);
     return real;
   },
-  // Huge counts and lengths: of words, sections, predecessors, heads, parts.
+  // Huge counts and lengths: of words, sections, predecessors, heads, parts. What is in predecessors harms no reader.
   (random, real) => {
     const { words, first } = FIELDS;
-    const end = first + 4 * real.readUInt32LE(words);
-    const field = random.pick([words, ...Array.from({ length: (end - first) / 4 }, (_, i) => first + 4 * i)]);
+    const word = (i: number) => real.readUInt32LE(first + 4 * i);
+    const isPredecessor = (i: number) => i >= 3 + 2 * word(1) && i < 3 + 2 * (word(1) + word(2));
+    const all = Array.from({ length: real.readUInt32LE(words) }, (_, i) => i).filter((i) => !isPredecessor(i));
+    const field = random.pick([words, ...all.map((i) => first + 4 * i)]);
     unnumbered(real).writeUInt32LE(random.pick(HUGE), field);
     return real;
   },
