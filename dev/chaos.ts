@@ -40,9 +40,10 @@ const IN_DOUBT = 50;
 /** How many emits a burst has, and in how many rooms the clients are where there are many. */
 const BURST = 200_000;
 const CROWD = 10_000;
-/** Clients that lose their connections and come back, how often each, and after how many ms at most. */
+/** Clients that lose their connections and come back, how often each, how many ms they stay, and are away, at most. */
 const ROAMERS = 50;
 const RETURNS = 100;
+const STAY = 400;
 const AWAY = 100;
 
 const { values: args } = parseArgs({
@@ -911,7 +912,7 @@ class Field {
     await Promise.all(
       roamers.map(async (roamer) => {
         for (let i = 0; i < RETURNS || !isOver; i++) {
-          await Bun.sleep(this.random.below(AWAY));
+          await Bun.sleep(this.random.below(STAY));
           await roamer.leave();
           await Bun.sleep(this.random.below(AWAY));
           await roamer.comeBack(port);
@@ -1334,7 +1335,7 @@ async function serve({ name, urls, rate, streak, rooms, recovery, options }: Ser
     unhandled,
     errors: [...errors],
     stats: { ...adapter.stats, lastError: undefined },
-    rooms: [...adapter.rooms.keys()].filter((room) => !adapter.sids.has(room)).length,
+    rooms: new Set(adapter.keys()).size,
     closed,
     foreign,
     gap,
