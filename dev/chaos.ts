@@ -8,10 +8,13 @@
  * Read from the top: the command · the cases · hostile input · the field (servers, links, brokers) · one server.
  */
 import { connect, type ConfirmChannel } from "amqplib";
-import { EventEmitter } from "node:events";
+import { EventEmitter, once } from "node:events";
+import { createServer } from "node:http";
+import type { AddressInfo } from "node:net";
 import { cpus } from "node:os";
 import { parseArgs } from "node:util";
 import { Server } from "socket.io";
+import { Manager, type Socket as ClientSocket } from "socket.io-client";
 import { createAdapter, type AdapterOptions, type AdapterStats, type AmqpAdapter } from "../index.ts";
 import { startBroker, startCluster, type Broker } from "./broker.ts";
 import { Proxy, type Role } from "./proxy.ts";
@@ -37,6 +40,11 @@ const IN_DOUBT = 50;
 /** How many emits a burst has, and in how many rooms the clients are where there are many. */
 const BURST = 200_000;
 const CROWD = 10_000;
+/** Clients that lose their connections and come back, how often each, how many ms they stay, and are away, at most. */
+const ROAMERS = 50;
+const RETURNS = 100;
+const STAY = 400;
+const AWAY = 100;
 
 const { values: args } = parseArgs({
   options: {
@@ -218,6 +226,8 @@ interface Case {
   latency?: number;
   /** In how many more rooms the clients are, each of which is emitted to in turn. */
   rooms?: number;
+  /** Whether lost clients are recovered. */
+  recovery?: boolean;
   /** Who the servers are to the broker. */
   user?: string;
   /** What is wrong with the outcome; by default anything that was lost, doubled or reordered. */
@@ -311,6 +321,29 @@ function cases(long: number): Case[] {
           await f.retire(old);
         }
       },
+    },
+    {
+      point: "recovery",
+      title: `${ROAMERS} clients come back to any server, ${RETURNS} times each`,
+      recovery: true,
+      rates: [170],
+      fault: (f) => f.roam(),
+    },
+    {
+      point: "recovery",
+      title: `${ROAMERS} clients come back, all servers restarted, one after the other`,
+      recovery: true,
+      rates: [170],
+      fault: (f) =>
+        f.roam(async () => {
+          for (const [i, old] of [...f.peers].entries()) {
+            const next = f.add("def"[i]!);
+            await f.welcome(next);
+            await next.do("emit");
+            await Bun.sleep(1_000);
+            await f.retire(old);
+          }
+        }),
     },
     ...BURST_FAULTS.map(({ title, strike }) => ({
       point: "burst",
@@ -686,6 +719,9 @@ class Field {
   readonly peers: Peer[] = [];
   /** What was done when, for a failure's report. */
   readonly log: string[] = [];
+  readonly complaints: string[] = [];
+  /** Where the servers listen that take clients. */
+  readonly #ports = new Map<string, number>();
   readonly #start = performance.now();
   /** What the others had sent when a newcomer was ready, by its name. */
   readonly #since = new Map<string, Report[]>();
@@ -727,7 +763,7 @@ class Field {
     if (this.brokers.length === 1) for (const _ of "abcdef") this.#proxies.push(await Proxy.open(this.broker.port));
     this.#keepAway(this.of.latency);
     for (const name of "abc") this.add(name);
-    await this.all("ready");
+    for (const { name, port } of await this.all("ready")) this.#ports.set(name, port);
     const senders = this.peers.filter(({ settings }) => (this.of.senders ?? "abc").includes(settings.name));
     for (const sender of senders) await sender.do("emit");
     await Bun.sleep(BEFORE * 1_000);
@@ -738,7 +774,7 @@ class Field {
     const reports = await this.#settled(sent);
     const { lost, missed, where } = this.#shortfall(reports, sent);
     const streams = reports.flatMap((report) => Object.values(report.streams));
-    const complaints: string[] = [];
+    const { complaints } = this;
     let growth = Infinity;
     const grown = async () => {
       const grown = (await this.all("report")).map(({ name, memory }) => memory - (before.get(name) ?? memory));
@@ -819,19 +855,21 @@ class Field {
   add(name: string): Peer {
     const index = name.charCodeAt(0) - "a".charCodeAt(0);
     const proxy = this.#proxies[index];
-    const { user = "guest", options = {}, rooms = 0, streak = Math.max(4, this.rate / 100) } = this.of;
+    const { user = "guest", options = {}, rooms = 0, recovery = false } = this.of;
+    const { streak = Math.max(4, this.rate / 100) } = this.of;
     const ports = proxy
       ? [proxy.port]
       : this.brokers.map((_, i) => this.brokers[(i + index) % this.brokers.length]!.port);
     const urls = ports.map((port) => `amqp://${user}:${user}@127.0.0.1:${port}?heartbeat=2`);
-    const peer = new Peer({ name, urls, streak, rate: this.rate, rooms, options }, proxy);
+    const peer = new Peer({ name, urls, streak, rate: this.rate, rooms, recovery, options }, proxy);
     this.peers.push(peer);
     return peer;
   }
 
   /** From when it is ready, a new server gets everything. */
   async welcome(peer: Peer): Promise<void> {
-    await peer.do("ready");
+    const { name, port } = await peer.do("ready");
+    this.#ports.set(name, port);
     const others = (await this.all("report")).filter(({ name }) => name !== peer.settings.name);
     this.#since.set(peer.settings.name, [...others, ...this.#retired]);
   }
@@ -839,6 +877,7 @@ class Field {
   /** Closes a server that has just emitted. The others get all that it has sent. */
   async retire(peer: Peer): Promise<void> {
     this.#note("close", [peer]);
+    this.#ports.delete(peer.settings.name);
     this.peers.splice(this.peers.indexOf(peer), 1);
     this.#retired.push(await peer.do("stop"));
     await this.#end(peer);
@@ -861,6 +900,35 @@ class Field {
     for (const { proxy } of peers) proxy?.cut(role);
     await Bun.sleep(seconds * 1_000);
     for (const { proxy } of peers) proxy?.heal();
+  }
+
+  /** Clients lose their connections and come back to any server, again and again. Each has to be recovered, and to get everything. */
+  async roam(meanwhile?: () => Promise<void>): Promise<void> {
+    const names = new Set(this.#ports.keys());
+    const port = () => this.random.pick([...this.#ports.values()]);
+    const roamers = Array.from({ length: ROAMERS }, () => new Roamer(names));
+    await Promise.all(roamers.map((roamer) => roamer.comeBack(port)));
+    await Bun.sleep(BEFORE * 1_000); // each has heard something, or it could not be recovered
+    let isOver = meanwhile === undefined;
+    const rest = meanwhile?.().finally(() => (isOver = true));
+    await Promise.all(
+      roamers.map(async (roamer) => {
+        for (let i = 0; i < RETURNS || !isOver; i++) {
+          await Bun.sleep(this.random.below(STAY));
+          await roamer.leave();
+          await Bun.sleep(this.random.below(AWAY));
+          await roamer.comeBack(port);
+        }
+      }),
+    );
+    await rest;
+    const sent = [...(await this.all("stop")), ...this.#retired];
+    const lacks = () => roamers.flatMap((roamer) => roamer.lacks(sent));
+    await until(() => lacks().length === 0, PATIENCE);
+    const returns = roamers.reduce((sum, { returns }) => sum + returns, 0);
+    this.#note(`${returns} returns`, []);
+    this.complaints.push(...lacks(), ...roamers.flatMap((roamer) => roamer.complaints));
+    await Promise.all(roamers.map((roamer) => roamer.leave()));
   }
 
   async silence(peers: Peer[], seconds: number): Promise<void> {
@@ -1017,6 +1085,8 @@ interface ServerSettings {
   streak: number;
   /** In how many more rooms the clients are. */
   rooms: number;
+  /** Whether it takes clients from outside as well, and recovers them. */
+  recovery: boolean;
   options: Partial<AdapterOptions>;
 }
 
@@ -1040,6 +1110,8 @@ interface Report {
   gap: number;
   /** MB. */
   memory: number;
+  /** Where it listens; 0 if it does not. */
+  port: number;
 }
 
 /** What one listener has got of one server: numbers that grow by one. */
@@ -1089,7 +1161,8 @@ class Client extends EventEmitter {
 
   /** An event, `2["name",…]`, or one with a binary attachment, `51-["name",…]`, which comes next. */
   write(part: string | Uint8Array): void {
-    if (typeof part !== "string") return this.onEvent([...(this.#event?.slice(0, -1) ?? []), part]);
+    if (typeof part !== "string")
+      return this.onEvent((this.#event ?? []).map((value) => (typeof value === "object" ? part : value)));
     if (part.startsWith("2")) this.onEvent(JSON.parse(part.slice(1)) as unknown[]);
     if (part.startsWith("51-")) this.#event = JSON.parse(part.slice(3)) as unknown[];
   }
@@ -1097,6 +1170,64 @@ class Client extends EventEmitter {
   close(): void {
     this.readyState = "closed";
     this.emit("close", "transport close");
+  }
+}
+
+/** A client with a network, whose connection is lost again and again. */
+class Roamer {
+  returns = -1;
+  readonly complaints: string[] = [];
+  readonly #streams = new Map<string, Stream>();
+  readonly #socket: ClientSocket;
+
+  /** `others` have emitted before it came. */
+  constructor(others: ReadonlySet<string>) {
+    const manager = new Manager("", { transports: ["websocket"], reconnection: false, autoConnect: false });
+    this.#socket = manager.socket("/", { auth: { roams: true } });
+    this.#socket.on("n", (sender: string, n: number, proof: unknown) => {
+      const given = proof instanceof Uint8Array ? Buffer.from(proof).readUInt32BE() : proof;
+      if (given !== seal(sender, n)) this.complaints.push(`a garbled packet ${n} of ${sender}`);
+      let stream = this.#streams.get(sender);
+      if (!stream) this.#streams.set(sender, (stream = new Stream()));
+      if (stream.last === 0 && others.has(sender)) stream.last = n - 1;
+      stream.take(n);
+    });
+  }
+
+  async leave(): Promise<void> {
+    if (!this.#socket.connected) return; // its server has closed
+    const { promise, resolve } = Promise.withResolvers();
+    this.#socket.once("disconnect", resolve);
+    this.#socket.io.engine.close();
+    await promise;
+  }
+
+  /** Connects to the first server that takes it. */
+  async comeBack(port: () => number): Promise<void> {
+    for (let isConnected = false; !isConnected;) {
+      const { promise, resolve } = Promise.withResolvers<boolean>();
+      const { io: manager } = this.#socket;
+      Object.assign(manager, { uri: `http://127.0.0.1:${port()}` });
+      const failed = () => resolve(false);
+      this.#socket.once("connect", () => resolve(true)).once("connect_error", failed);
+      manager.once("close", failed); // the server closes, before it has answered
+      this.#socket.connect();
+      isConnected = await promise;
+      manager.off("close", failed);
+      this.#socket.off("connect").off("connect_error");
+    }
+    if (this.returns++ >= 0 && !this.#socket.recovered)
+      this.complaints.push(`return ${this.returns} was not recovered`);
+  }
+
+  /** What is wrong with what it has heard, once all was sent. */
+  lacks(sent: Report[]): string[] {
+    return sent.flatMap(({ name, sent }) => {
+      const { last, gaps, doubled, reordered, odd } = this.#streams.get(name) ?? new Stream();
+      const isWhole = last === sent && gaps.length === 0 && doubled + reordered === 0;
+      const ranges = [...gaps, [last + 1, sent]].map((gap) => gap.join("–"));
+      return isWhole ? [] : `a client of ${sent} packets of ${name} lacks ${ranges.join(", ")}; ${odd.join(", ")}`;
+    });
   }
 }
 
@@ -1113,7 +1244,7 @@ function sealed(name: string, n: number): Buffer {
   return attachment;
 }
 
-async function serve({ name, urls, rate, streak, rooms, options }: ServerSettings): Promise<void> {
+async function serve({ name, urls, rate, streak, rooms, recovery, options }: ServerSettings): Promise<void> {
   const unhandled: string[] = [];
   for (const event of ["unhandledRejection", "uncaughtException"])
     process.on(event, (error: unknown) => unhandled.push(`${name}: ${event}: ${Bun.inspect(error)}`));
@@ -1122,7 +1253,8 @@ async function serve({ name, urls, rate, streak, rooms, options }: ServerSetting
 
   let attempt = 0;
   const amqpConnection = () => connect(urls[attempt++ % urls.length]!, { noDelay: true });
-  const io = new Server({ adapter: createAdapter({ amqpConnection, ...options }) });
+  const adapterOf = createAdapter({ amqpConnection, ...options });
+  const io = new Server({ adapter: adapterOf, serveClient: false, ...(recovery && { connectionStateRecovery: {} }) });
   const engine = Object.assign(new EventEmitter(), { close() {} });
   io.bind(engine);
   const adapter = io.of("/").adapter as AmqpAdapter;
@@ -1155,8 +1287,10 @@ async function serve({ name, urls, rate, streak, rooms, options }: ServerSetting
   let waiting = CLIENTS.length + 1;
   let wander = () => {};
   io.on("connection", async (socket) => {
-    socket.on("disconnect", () => closed++);
-    if (!socket.handshake.auth.wanders) await socket.join([...ROOMS, ...crowd]);
+    const { auth } = socket.handshake;
+    if (!auth.roams) socket.on("disconnect", () => closed++);
+    if (socket.recovered) return;
+    if (!auth.wanders) await socket.join([...ROOMS, ...crowd]);
     else
       wander = () => {
         const hall = HALLS[Math.floor(Math.random() * HALLS.length)]!;
@@ -1172,6 +1306,8 @@ async function serve({ name, urls, rate, streak, rooms, options }: ServerSetting
   for (const listener of CLIENTS) open(new Client((event) => take(listener, event)), {});
   open(new Client(() => {}), { wanders: true });
   let wandering = setInterval(() => wander(), 10);
+  const http = recovery ? createServer().listen(0, "127.0.0.1") : undefined;
+  if (http) io.attach(http);
 
   let sent = 0;
   let calls = 0;
@@ -1201,15 +1337,16 @@ async function serve({ name, urls, rate, streak, rooms, options }: ServerSetting
     unhandled,
     errors: [...errors],
     stats: { ...adapter.stats, lastError: undefined },
-    rooms: [...adapter.rooms.keys()].filter((room) => !adapter.sids.has(room)).length,
+    rooms: new Set(adapter.keys()).size,
     closed,
     foreign,
     gap,
     memory: process.memoryUsage.rss() / 1e6,
+    port: (http?.address() as AddressInfo | undefined)?.port ?? 0,
   });
 
   const commands: Record<Command, () => unknown> = {
-    ready: () => Promise.all([adapter.ready, joined.promise]),
+    ready: () => Promise.all([adapter.ready, joined.promise, http && (http.listening || once(http, "listening"))]),
     emit: () => {
       let due = 0;
       let last = performance.now();

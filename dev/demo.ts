@@ -26,7 +26,8 @@ interface ClientToServer {
 interface ServerToClient {
   hello: (server: string, ports: Record<string, number>, limits: typeof LIMITS) => void;
   people: (people: Person[]) => void;
-  said: (message: Message, seen: (by: string) => void) => void;
+  said: (message: Message) => void;
+  seen: (seen: (by: string) => void) => void; // asks who has seen the message before
   note: (text: string) => void;
   typing: (name: string) => void;
   status: (stats: AdapterStats, brokerButton: string, at: number) => void; // at: ms since the epoch, by the server's clock
@@ -112,6 +113,7 @@ async function pressBrokerButton(): Promise<void> {
 function serveChat(server: string, http: HttpServer): { ready: Promise<void>; close: () => Promise<void> } {
   const io = new Server<ClientToServer, ServerToClient, ServerToServer, Person>(http, {
     adapter,
+    connectionStateRecovery: {},
     maxHttpBufferSize: 4e6,
   });
   const amqp = io.of("/").adapter as AmqpAdapter;
@@ -148,7 +150,8 @@ function serveChat(server: string, http: HttpServer): { ready: Promise<void>; cl
 
   io.on("moved", lookUpPeople);
   io.on("connection", (socket) => {
-    const me = Object.assign(socket.data, { name: "", room: "", server });
+    // One that is recovered is in its room, under its name.
+    const me: Person = Object.assign(socket.data, socket.recovered ? { server } : { name: "", room: "", server });
     socket.emit("hello", server, ports, LIMITS);
 
     socket.on("enter", async (name, room, done) => {
@@ -167,14 +170,17 @@ function serveChat(server: string, http: HttpServer): { ready: Promise<void>; cl
     socket.on("say", (text, image, done) => {
       const picture = Buffer.isBuffer(image) ? image : undefined;
       const message = { ...me, text: clip(text, 2000), image: picture, at: Date.now() };
+      // Two packets: one that wants an answer is not given to clients that were away.
+      socket.to(me.room).emit("said", message);
       socket
         .to(me.room)
         .timeout(LIMITS.seen)
-        .emit("said", message, (late, seenBy) => done(seenBy, !!late));
+        .emit("seen", (late, seenBy) => done(seenBy, !!late));
     });
 
     socket.on("typing", () => void socket.to(me.room).volatile.emit("typing", me.name));
     socket.on("broker", pressBrokerButton);
+    if (socket.recovered) void moved();
     socket.on("disconnect", () => {
       if (me.room) io.to(me.room).emit("note", `${me.name} left`);
       return moved();
