@@ -2643,6 +2643,7 @@ describe("connection state recovery", () => {
       io.volatile.emit("not for it");
       io.of("/chat").emit("not for it");
     }
+    for (const { io } of [a, b]) await io.fetchSockets(); // what was emitted before has come
     const node = nodes[to] ?? a;
     await settled();
     expect(await guest.back(node)).toBe(true);

@@ -731,9 +731,9 @@ class RecoveringAdapter extends BoundAdapter {
         .catch((error) => (this.report(asError(error)), []))
         .then((sessions = []) => this.answerWith(message.id, sessions, answer));
     if (message.type === "missed")
-      this.answerWith(message.id, recovery?.onMissed(message.pids, message.offset) ?? [], answer);
+      this.answerWith(message.id, recovery?.handover.onMissed(message.pids, message.offset) ?? [], answer);
     if (message.type === "offer")
-      void (recovery?.onOffer(from) ?? Promise.resolve()).then(() => this.answerWith(message.id, [], answer));
+      void (recovery?.handover.onOffer(from) ?? Promise.resolve()).then(() => this.answerWith(message.id, [], answer));
   }
 
   /** Packets get an offset each, by which the client says how far it has come. */
@@ -1378,30 +1378,177 @@ const CLAIM_AGAIN = 20;
 /** How long before a client is known to be lost its connection may have been dead, in ms. */
 const NOTICE = 60_000;
 
-/** Finds the session of a client that comes back, on this server or on another one, and hands sessions over. */
+/** Hands sessions over to other servers, and takes them over. */
+class Handover {
+  readonly #links: RecoveryLinks;
+  readonly #sessions: Sessions;
+  readonly #timeoutMs: number;
+  /** Sessions that another server has claimed, and until when it may fetch what their clients have missed. */
+  readonly #claimed = new Map<string, { readonly session: Session; readonly until: number }>();
+  /** Sessions of a closing server that are on their way to another one. */
+  readonly #moving = new Set<string>();
+  /** How many sessions are being fetched from other servers. */
+  #fetching = 0;
+  isClosing = false;
+
+  constructor(links: RecoveryLinks, sessions: Sessions, timeoutMs: number) {
+    this.#links = links;
+    this.#sessions = sessions;
+    this.#timeoutMs = timeoutMs;
+  }
+
+  /** Fetches a session from the server that lost the client, or from any other; resolves with whether it is on its way. */
+  async fetch(pid: string, offset: string, until: number): Promise<boolean> {
+    const [owner] = offset.split(".");
+    const peers = this.#links.peers();
+    let isMoving = this.#moving.has(pid);
+    this.#fetching++;
+    for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
+      if (this.isClosing || this.#sessions.get(pid)) break;
+      const claim = await this.#claim(asked, { type: "claim", pid, offset }, until);
+      isMoving ||= claim.isMoving;
+      await this.#takeOver(claim.from, claim.sessions, until, offset);
+    }
+    this.#fetching--;
+    return isMoving;
+  }
+
+  /** A peer asks for a session whose client has come to it, or for all. They are its own from here on. */
+  onClaim(pid: string | undefined, found: readonly Session[]): (Session | { isMoving: true })[] {
+    if (pid !== undefined && this.#moving.has(pid)) return [{ isMoving: true }];
+    return found.flatMap((session) => {
+      const released = this.#sessions.release(session);
+      if (!released) return [];
+      this.#claimed.set(session.pid, { session, until: performance.now() + this.#timeoutMs });
+      if (pid === undefined) this.#moving.add(session.pid);
+      return [released];
+    });
+  }
+
+  /** A peer asks for what the clients of sessions have missed that it has claimed. All that comes later comes to it. */
+  onMissed(pids: readonly string[], offset: string | undefined): (Heard | Delivered)[] {
+    const heard = this.#links.heard();
+    if (!heard) return [];
+    const sessions = pids.flatMap((pid) => this.#claimed.get(pid)?.session ?? []);
+    for (const pid of pids) this.#claimed.delete(pid);
+    const missed =
+      offset === undefined
+        ? this.#sessions.needed(sessions)
+        : sessions.flatMap((session) => this.#sessions.missed(session, offset) ?? []);
+    this.unpin(sessions);
+    return [{ heard }, ...missed];
+  }
+
+  /** A peer closes: its sessions wait here from now on. */
+  async onOffer(from: string): Promise<void> {
+    if (this.isClosing) return;
+    const until = performance.now() + this.#timeoutMs;
+    const { sessions } = await this.#claim([from], { type: "claim" }, until);
+    for (const { pid } of sessions) this.#moving.add(pid);
+    await this.#takeOver(from, sessions, until);
+    for (const { pid } of sessions) this.#moving.delete(pid);
+  }
+
+  /** Whoever has claimed sessions and fetched nothing has died: they wait on. */
+  expire(): void {
+    for (const { session, until } of this.#claimed.values()) {
+      if (until > performance.now()) continue;
+      this.#claimed.delete(session.pid);
+      this.#sessions.put(session);
+      this.unpin([session]);
+    }
+  }
+
+  /** Hands all sessions over to another server, as far as that takes no longer than `requestsTimeout`. */
+  async close(): Promise<void> {
+    this.isClosing = true;
+    const until = performance.now() + this.#timeoutMs;
+    for (; performance.now() < until; await Bun.sleep(CLAIM_AGAIN)) {
+      const [peers, waiting] = [this.#links.peers(), this.#sessions.all.length];
+      if (peers.length === 0 || waiting + this.#claimed.size + this.#fetching === 0) break;
+      if (waiting === 0) continue;
+      await this.#links.ask(peers, until - performance.now(), { type: "offer" }, () => {});
+      if (this.#sessions.all.length === waiting) break; // all others close as well
+    }
+  }
+
+  /** The rooms of sessions need not stay bound for them any more. */
+  unpin(sessions: readonly Session[]): void {
+    const rooms = sessions.flatMap((session) => session.rooms);
+    this.#sessions.unpin(rooms);
+    void this.#links.follow(rooms);
+  }
+
+  async #claim(peers: string[], question: Question, until: number) {
+    const claim = { sessions: [] as Session[], from: "", isMoving: false };
+    await this.#links.ask(peers, until - performance.now(), question, (list, from) => {
+      const sessions = list.filter(isSession);
+      if (sessions.length > 0) claim.from = from;
+      claim.sessions.push(...sessions);
+      claim.isMoving ||= list.some((item) => isRecord(item) && item["isMoving"] === true);
+    });
+    return claim;
+  }
+
+  /**
+   * Takes claimed sessions over: binds their rooms, then fetches what their clients have missed. The answer stands in the
+   * stream of the peer's frames, and the question in this server's: so what the peer has emitted comes before the answer if it
+   * is in it, and what this server has emitted is in the answer if that was before the question. Of all others' frames the
+   * answer tells up to which number they are in it.
+   */
+  async #takeOver(from: string, sessions: readonly Session[], until: number, offset?: string): Promise<void> {
+    if (sessions.length === 0) return;
+    const { uid, heard, peers, follow, ask } = this.#links;
+    const { log } = this.#sessions;
+    const rooms = sessions.flatMap((session) => session.rooms);
+    const pids = sessions.map(({ pid }) => pid);
+    const question: Question = { type: "missed", pids, ...(offset !== undefined && { offset }) };
+    const begin = log.position;
+    this.#sessions.pin(rooms);
+    await within(until - performance.now(), Promise.resolve(follow(rooms)));
+    for (let isTaken = false; !isTaken && performance.now() < until && peers().includes(from);) {
+      const items: unknown[] = [];
+      const asked = log.position;
+      const take = (list: unknown[], _: string, isLast: boolean) => {
+        items.push(...list);
+        const numbers = items.find(isHeard)?.heard;
+        if (!isLast || !numbers) return;
+        const meanwhile = log.after(begin).filter(({ series, position, sender, number }) => {
+          if (series !== uid || sender === from) return false;
+          return sender === uid ? position > asked : number > (numbers[sender] ?? 0);
+        });
+        this.#sessions.take(`${from}/${begin}/${pids[0]}`, sessions, items.filter(isDelivered), meanwhile);
+        isTaken = true;
+      };
+      if (heard()) await ask([from], until - performance.now(), question, take);
+      if (!isTaken) await Bun.sleep(CLAIM_AGAIN);
+    }
+    this.unpin(sessions);
+  }
+}
+
+/** Finds the session of a client that comes back, and gives it what it has missed until it is connected. */
 class Recovery {
   readonly sessions: Sessions;
+  readonly handover: Handover;
   readonly #links: RecoveryLinks;
   readonly #maxMs: number;
   readonly #timeoutMs: number;
   readonly #arrivals = new Map<SocketId, Arrival>();
   /** The sockets that are connected, by their private id. */
   readonly #sockets = new Map<string, Socket>();
-  /** Sessions that another server has claimed, until it has fetched what their clients have missed. */
-  readonly #claimed = new Map<string, Session>();
-  /** Sessions of a closing server that are on their way to another one. */
-  readonly #moving = new Set<string>();
   readonly #sweep: Timeout;
-  /** How many sessions are being fetched from other servers. */
-  #claims = 0;
-  #isClosing = false;
 
   constructor(links: RecoveryLinks, maxBytes: number, maxMs: number, timeoutMs: number) {
     this.#links = links;
     this.#maxMs = maxMs;
     this.#timeoutMs = timeoutMs;
     this.sessions = new Sessions(links.uid, maxBytes);
-    this.#sweep = setInterval(() => this.#unpin(this.sessions.expire(maxMs + NOTICE)), 1_000);
+    this.handover = new Handover(links, this.sessions, timeoutMs);
+    this.#sweep = setInterval(() => {
+      this.handover.unpin(this.sessions.expire(maxMs + NOTICE));
+      this.handover.expire();
+    }, 1_000);
     this.#sweep.unref();
   }
 
@@ -1412,28 +1559,25 @@ class Recovery {
   /** The session of a client that comes back. Rejects where none waits, or what was missed is not known any more. */
   async restore(pid: string, offset: string): Promise<SocketSession & { missedPackets: unknown[][] }> {
     const until = performance.now() + this.#timeoutMs;
-    const [owner] = offset.split(".");
+    let isMoving: boolean;
     do {
       await this.#closeOld(pid, offset);
-      let session = this.#find(pid, offset);
-      let isMoving = this.#moving.has(pid);
-      const peers = this.#links.peers();
-      this.#claims++;
-      for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
-        if (session || this.#isClosing) break;
-        const claim = await this.#claim(asked, { type: "claim", pid, offset }, until);
-        isMoving ||= claim.isMoving;
-        if (claim.sessions.length > 0) await this.#takeOver(claim.from, claim.sessions, until, offset);
-        session = this.#find(pid, offset);
-      }
-      this.#claims--;
-      if (session && !this.#isClosing) return this.#arrive(session, offset);
-      if (!isMoving) break;
-      await Bun.sleep(CLAIM_AGAIN);
-    } while (performance.now() < until);
+      isMoving = !this.#find(pid, offset) && (await this.handover.fetch(pid, offset, until));
+      const session = this.#find(pid, offset);
+      if (session && !this.handover.isClosing) return this.#arrive(session, offset);
+      if (isMoving) await Bun.sleep(CLAIM_AGAIN);
+    } while (isMoving && performance.now() < until);
     // A server that closes keeps the client waiting: when its connection ends, it finds its session on another one.
-    if (this.#isClosing) await Bun.sleep(this.#timeoutMs);
+    if (this.handover.isClosing) await Bun.sleep(this.#timeoutMs);
     throw new Error("No such session waits here or elsewhere");
+  }
+
+  /** A peer asks for a session whose client has come to it, or for all. */
+  async onClaim(pid: string | undefined, offset = ""): Promise<unknown[]> {
+    if (pid === undefined) return this.handover.onClaim(pid, this.sessions.all);
+    await this.#closeOld(pid, offset);
+    const session = this.#find(pid, offset);
+    return this.handover.onClaim(pid, session ? [session] : []);
   }
 
   /** A socket that is made joins its rooms: what has come since its session was found goes with what was missed before. */
@@ -1452,7 +1596,7 @@ class Recovery {
     if (!arrival) return;
     for (const data of this.#late(arrival)) socket.packet({ type: EVENT, data });
     this.#arrivals.delete(socket.id);
-    this.#unpin([arrival.session]);
+    this.handover.unpin([arrival.session]);
   }
 
   /** A socket has gone. One that was never connected leaves its session as it found it. */
@@ -1463,59 +1607,11 @@ class Recovery {
     this.sessions.forget(sid);
     if (!arrival) return;
     this.sessions.put(arrival.session);
-    this.#unpin([arrival.session]);
+    this.handover.unpin([arrival.session]);
   }
 
-  /** A peer asks for a session whose client has come to it, or for all of them. They are its own from here on. */
-  async onClaim(pid: string | undefined, offset = ""): Promise<(Session | { isMoving: true })[]> {
-    if (pid !== undefined) await this.#closeOld(pid, offset);
-    if (pid !== undefined && this.#moving.has(pid)) return [{ isMoving: true }];
-    const found = pid === undefined ? this.sessions.all : [this.#find(pid, offset)];
-    return found.flatMap((session) => {
-      const released = session && this.sessions.release(session);
-      if (!released) return [];
-      this.#claimed.set(released.pid, session);
-      if (pid === undefined) this.#moving.add(released.pid);
-      return [released];
-    });
-  }
-
-  /** A peer asks for what the clients of sessions have missed that it has claimed. All that comes later comes to it. */
-  onMissed(pids: readonly string[], offset: string | undefined): (Heard | Delivered)[] {
-    const heard = this.#links.heard();
-    if (!heard) return [];
-    const sessions = pids.flatMap((pid) => this.#claimed.get(pid) ?? []);
-    for (const pid of pids) this.#claimed.delete(pid);
-    const [session] = sessions;
-    const missed =
-      offset === undefined
-        ? this.sessions.needed(sessions)
-        : ((session && this.sessions.missed(session, offset)) ?? []);
-    this.#unpin(sessions);
-    return [{ heard }, ...missed];
-  }
-
-  /** A peer closes: its sessions wait here from now on. */
-  async onOffer(from: string): Promise<void> {
-    const until = performance.now() + this.#timeoutMs;
-    if (this.#isClosing) return;
-    const { sessions } = await this.#claim([from], { type: "claim" }, until);
-    for (const { pid } of sessions) this.#moving.add(pid);
-    await this.#takeOver(from, sessions, until);
-    for (const { pid } of sessions) this.#moving.delete(pid);
-  }
-
-  /** Hands all sessions over to another server, as far as that takes no longer than `requestsTimeout`. */
   async close(): Promise<void> {
-    this.#isClosing = true;
-    const until = performance.now() + this.#timeoutMs;
-    for (; performance.now() < until; await Bun.sleep(CLAIM_AGAIN)) {
-      const [peers, waiting] = [this.#links.peers(), this.sessions.all.length];
-      if (peers.length === 0 || waiting + this.#claimed.size + this.#claims === 0) break;
-      if (waiting === 0) continue;
-      await this.#links.ask(peers, until - performance.now(), { type: "offer" }, () => {});
-      if (this.sessions.all.length === waiting) break; // all others close as well
-    }
+    await this.handover.close();
     clearInterval(this.#sweep);
   }
 
@@ -1542,12 +1638,8 @@ class Recovery {
     const renewed = this.sessions.renew(session, offset, missed);
     const missedPackets = missed.map(({ parts }, i) => this.#links.data(parts, renewed.offsets[i] ?? ""));
     // What comes until the socket is there is added: Socket.IO reads the array then.
-    this.#arrivals.set(sid, {
-      session: renewed.session,
-      missedPackets,
-      upTo: this.sessions.log.position,
-      isMade: false,
-    });
+    const upTo = this.sessions.log.position;
+    this.#arrivals.set(sid, { session: renewed.session, missedPackets, upTo, isMade: false });
     return { sid, pid, rooms, data, missedPackets };
   }
 
@@ -1560,62 +1652,6 @@ class Recovery {
       if (packet.series !== this.#links.uid || !isFor(session.rooms, packet)) return [];
       return [this.#links.data(packet.parts, this.sessions.wrote(session.sid, packet.position))];
     });
-  }
-
-  async #claim(peers: string[], question: Question, until: number) {
-    const claim = { sessions: [] as Session[], from: "", isMoving: false };
-    await this.#links.ask(peers, until - performance.now(), question, (list, from) => {
-      const sessions = list.filter(isSession);
-      if (sessions.length > 0) claim.from = from;
-      claim.sessions.push(...sessions);
-      claim.isMoving ||= list.some((item) => isRecord(item) && item["isMoving"] === true);
-    });
-    return claim;
-  }
-
-  /**
-   * Takes claimed sessions over: binds their rooms, then fetches what their clients have missed. The answer stands in the
-   * stream of the peer's frames, and the question in this server's: so what the peer has emitted comes before the answer if it
-   * is in it, and what this server has emitted is in the answer if that was before the question. Of all others' frames the
-   * answer tells up to which number they are in it.
-   */
-  async #takeOver(from: string, sessions: Session[], until: number, offset?: string): Promise<void> {
-    if (sessions.length === 0) return;
-    const { uid, heard, follow, ask } = this.#links;
-    const { log } = this.sessions;
-    const rooms = sessions.flatMap((session) => session.rooms);
-    const pids = sessions.map(({ pid }) => pid);
-    const begin = log.position;
-    this.sessions.pin(rooms);
-    await within(until - performance.now(), Promise.resolve(follow(rooms)));
-    for (let isTaken = false; !isTaken && performance.now() < until && this.#links.peers().includes(from);) {
-      const delivered: Delivered[] = [];
-      const asked = log.position;
-      let first: Heard | undefined;
-      const question: Question = { type: "missed", pids, ...(offset !== undefined && { offset }) };
-      const isReady = heard() !== undefined;
-      if (isReady)
-        await ask([from], until - performance.now(), question, (list, _, isLast) => {
-          for (const item of list) if (isDelivered(item)) delivered.push(item);
-          first ??= list.find(isHeard);
-          if (!isLast || !first) return;
-          const numbers = first.heard;
-          const meanwhile = log.after(begin).filter(({ series, position, sender, number }) => {
-            if (series !== uid || sender === from) return false;
-            return sender === uid ? position > asked : number > (numbers[sender] ?? 0);
-          });
-          this.sessions.take(`${from}/${begin}/${sessions[0]?.sid}`, sessions, delivered, meanwhile);
-          isTaken = true;
-        });
-      if (!isTaken) await Bun.sleep(CLAIM_AGAIN);
-    }
-    this.#unpin(sessions);
-  }
-
-  #unpin(sessions: readonly Session[]): void {
-    const rooms = sessions.flatMap((session) => session.rooms);
-    this.sessions.unpin(rooms);
-    void this.#links.follow(rooms);
   }
 }
 
