@@ -7,8 +7,8 @@
  *   exchange socket.io ───────► exchange socket.io#keys ──"/#room42", "/", "@", …────────┘ unbound by the last local leave
  *   (fanout, durable)           (direct, durable)
  *
- * Sections: what you call · the adapter (Socket.IO's side) · the emitter · the node (one server's place in the cluster) ·
- * receiving · sending · bindings · connections · the wire · values · names.
+ * Sections: what you call · the adapter (Socket.IO's side) · recovery (of lost clients) · the emitter · the node (one server's
+ * place in the cluster) · receiving · sending · bindings · connections · the wire · values · names.
  *
  * Words:
  *   packet       what one emit sends, encoded by the server's parser; a message is the same between servers (a join, a question)
@@ -19,6 +19,8 @@
  *   log          the frames that were published lately, to be sent again
  *   stream       what has come of one peer; its cursor: every number up to it has come, was for others, or is lost
  *   catch-up     a stream that may have missed frames holds those that come until the peer has sent the others again
+ *   session      a lost client's rooms and data, which wait for it; a position: how many packets a server had delivered
+ *   offset       a server's name and a position, which goes to clients with each packet
  *   key          a routing key: `/chat` is a namespace, `/chat#room42` a room, `@` all servers, `@<uid>` one
  *   peer, node   another server or emitter; this one
  *
@@ -838,8 +840,6 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
     return this.#node.membership.serversOf(this.nsp.name);
   }
 
-  // Packets: encoded once, delivered locally first.
-
   override broadcast(packet: Packet, opts: BroadcastOptions): void {
     const parts = this.broadcastLocally(packet, opts, { sender: this.uid, number: 0 });
     // With an id it is of a socket whose client answers.
@@ -882,8 +882,6 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
     }
     super.broadcastWithAck(packet, opts, clientCountCallback, ack);
   }
-
-  // Sockets and servers: local first, then a message to the servers that hold the rooms, or to all.
 
   override addSockets(opts: BroadcastOptions, rooms: Room[]): void {
     super.addSockets(opts, rooms);
