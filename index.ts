@@ -677,7 +677,7 @@ class RecoveringAdapter extends BoundAdapter {
       peers: () => (node.upSince === undefined ? [] : node.membership.serversOf(nsp.name)),
       ask: (peers, ms, question, take) => {
         const send = (id: string) => node.sendTo(peers, nsp.name, { ...question, id });
-        return node.requests.ask(peers, ms, send, {
+        return node.requests.ask(peers, Math.max(ms, 0), send, {
           take: (message, from) => {
             if (message.type !== "items") return false;
             take(message.items, from, !message.more);

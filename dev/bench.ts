@@ -82,6 +82,7 @@ const FIGURES = {
   rebound: { title: "10,000 rooms bound again after a reconnect", unit: "s" },
   roomHeap: { title: "heap per room beyond in memory", unit: "B", absolute: true },
   queueHeap: { title: "heap of 10,000 queued packets", unit: "MB" },
+  sessionHeap: { title: "heap of 10,000 sessions that wait", unit: "MB" },
 } satisfies Record<string, Figure>;
 type FigureName = keyof typeof FIGURES;
 type Measured = Partial<Record<FigureName, number>>;
@@ -114,6 +115,12 @@ const TARGETS: Target<FigureName>[] = [
   { title: FIGURES.idle.title, figure: "idle", atMost: 1 },
   { title: FIGURES.rebound.title, figure: "rebound", atMost: 3 },
   { title: FIGURES.roomHeap.title, figure: "roomHeap", atMost: 512 },
+  ...(["bursts", "tens", "single", "kilobyte", "binary", "rooms"] as const).map((figure) => ({
+    title: `${FIGURES[figure].title}, against itself with state recovery`,
+    figure,
+    against: "recovery" as const,
+    atMost: 1.67,
+  })),
   ...(["bursts", "tens", "single", "kilobyte", "binary", "servers2", "servers4", "servers8"] as const).map(
     (figure) => ({
       title: `${FIGURES[figure].title}, against the version before`,
@@ -159,7 +166,7 @@ const fewRounds = Math.min(rounds, 3);
 const ALL = Object.keys(TRANSPORTS) as Transport[];
 const NETWORKED = ALL.filter((transport) => transport !== "memory");
 const PEERS = NETWORKED.filter((transport) => transport !== "amqplib");
-const AMQP = new Set<Transport>(["amqp0", "before", "amqplib"]);
+const AMQP = new Set<Transport>(["amqp0", "before", "recovery", "amqplib"]);
 const REDIS = new Set<Transport>(["redis", "sharded", "streams"]);
 
 const ROOM = "room42";
@@ -187,7 +194,7 @@ interface Case {
 
 /** Waits until so many rooms are bound: joins are live before, while the queue takes everything. */
 async function bound(transport: Transport, server: Worker, rooms: number): Promise<void> {
-  if (transport !== "amqp0" && transport !== "before") return;
+  if (!["amqp0", "before", "recovery"].includes(transport)) return;
   while ((await server.call("bound")) < rooms) await Bun.sleep(20);
 }
 
@@ -461,6 +468,18 @@ const CASES: Record<string, Case> = {
         const before = await server.call("heap");
         await server.call("emit", ROOM, BODY, 10_000);
         return { queueHeap: ((await server.call("heap")) - before) / 1e6 };
+      }),
+  },
+
+  sessions: {
+    transports: ["recovery"],
+    rounds: fewRounds,
+    run: (transport) =>
+      apart(transport, {}, async ({ server }) => {
+        await server.call("connectAndDisconnect", 100); // warms up
+        const before = await server.call("heap");
+        await server.call("connectAndDisconnect", 10_000);
+        return { sessionHeap: ((await server.call("heap")) - before) / 1e6 };
       }),
   },
 };

@@ -43,7 +43,7 @@ const CROWD = 10_000;
 /** Clients that lose their connections and come back, how often each, how many ms they stay, and are away, at most. */
 const ROAMERS = 50;
 const RETURNS = 100;
-const STAY = 400;
+const STAY = 900;
 const AWAY = 100;
 
 const { values: args } = parseArgs({

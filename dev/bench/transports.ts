@@ -7,6 +7,7 @@ import { Server, type ServerOptions, type Socket } from "socket.io";
 export const TRANSPORTS = {
   amqp0: "socket.io-amqp0",
   before: "the version before",
+  recovery: "with state recovery",
   redis: "@socket.io/redis-adapter",
   sharded: "the same, sharded",
   streams: "@socket.io/redis-streams-adapter",
@@ -67,6 +68,8 @@ export async function openMember(place: Place, observer: Observer): Promise<Memb
 
 interface Opened {
   adapter?: ServerOptions["adapter"];
+  /** Whether lost clients are recovered. */
+  recovers?: boolean;
   /** Resolves once the subscriptions made so far are in place, where the adapter itself does not wait for them. */
   settled?: () => Promise<unknown>;
   /** The adapter's counters, where it has any. */
@@ -88,7 +91,8 @@ export class SocketServer implements Member {
   readonly #connections: Connection[] = [];
 
   constructor(opened: Opened, received: Observer["packet"]) {
-    this.io = new Server(this.http, opened.adapter ? { adapter: opened.adapter } : {});
+    const { adapter, recovers } = opened;
+    this.io = new Server(this.http, { ...(adapter && { adapter }), ...(recovers && { connectionStateRecovery: {} }) });
     this.#opened = opened;
     this.#received = received;
   }
@@ -168,6 +172,10 @@ const ADAPTERS: Record<Exclude<Transport, "amqplib">, (place: Place, observer: O
 
   async before(place, observer) {
     return overAmqp((await import(place.before ?? "")) as OwnAdapter, place, observer);
+  },
+
+  async recovery(place, observer) {
+    return { ...overAmqp(await import("../../index.ts"), place, observer), recovers: true };
   },
 
   async redis({ redis, prefix, counted }, observer) {
