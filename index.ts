@@ -406,18 +406,19 @@ class LocalAdapter extends Adapter {
   }
 
   /** @internal Packets of a peer, handed to the local sockets as they are. */
-  onPackets({ kind, head }: Section, packets: () => Part[][], origin: Origin): void {
-    if (kind === SectionKind.Room) return this.deliver(this.#inRoom(head), head, packets, origin);
+  onPackets({ kind, head, first }: Section, packets: () => Part[][], frame: Frame): void {
+    if (kind === SectionKind.Room) return this.deliver(this.#inRoom(head), head, packets, frame, first);
     const opts = kind === SectionKind.Options ? packetsHead(head) : EVERYONE;
-    this.deliver(this.localSockets(opts), opts, packets, origin);
+    this.deliver(this.localSockets(opts), opts, packets, frame, first);
   }
 
-  /** Encoded packets for these sockets, which are those of a room or of options. */
+  /** Encoded packets for these sockets, which are those of a room or of options; `first` is their place in a frame. */
   protected deliver(
     sockets: Socket[],
     target: string | BroadcastOptions,
     packets: () => unknown[][],
-    _origin: Origin,
+    _origin: Origin | Frame,
+    _first = 0,
     decoded?: Packet,
   ): void {
     if (sockets.length === 0) return;
@@ -428,7 +429,7 @@ class LocalAdapter extends Adapter {
   protected broadcastLocally(packet: Packet, opts: BroadcastOptions, origin: Origin): unknown[] {
     packet.nsp = this.nsp.name;
     const parts = this.nsp.server.encoder.encode(packet);
-    this.deliver(this.localSockets(opts), opts, () => [parts], origin, packet);
+    this.deliver(this.localSockets(opts), opts, () => [parts], origin, 0, packet);
     return parts;
   }
 
@@ -664,9 +665,11 @@ class RecoveringAdapter extends BoundAdapter {
   readonly #recovery: Recovery | undefined;
   /** Whether an offset can be pasted into the text of an encoded packet: not with another parser than the default one. */
   readonly #pastes: boolean;
+  readonly #routes: Routes;
 
   constructor(nsp: Namespace, node: Node) {
     super(nsp, node);
+    this.#routes = node.routes(nsp.name);
     this.#pastes = nsp.server.encoder.encode({ type: EVENT, nsp: "/", data: ["name"] }).join() === '2["name"]';
     const { recoveryBytes, requestsTimeout } = node.settings;
     const { opts } = nsp.server as { opts?: { connectionStateRecovery?: { maxDisconnectionDuration: number } } };
@@ -687,6 +690,7 @@ class RecoveringAdapter extends BoundAdapter {
       },
       heard: () => node.membership.heard(),
       follow: (rooms) => this.follow(rooms),
+      routeTo: (sid) => this.#routeTo(sid),
       data: (parts, offset) => [...this.decode([...parts]).data, offset],
     };
     const { maxDisconnectionDuration } = opts.connectionStateRecovery;
@@ -743,29 +747,35 @@ class RecoveringAdapter extends BoundAdapter {
     sockets: Socket[],
     target: string | BroadcastOptions,
     packets: () => unknown[][],
-    { sender, number }: Origin,
+    origin: Origin | Frame,
+    first = 0,
     decoded?: Packet,
   ): void {
     const sessions = this.#recovery?.sessions;
-    if (!sessions || decoded?.id !== undefined)
-      return super.deliver(sockets, target, packets, { sender, number }, decoded);
-    const isRoom = typeof target === "string";
-    const rooms = isRoom ? [target] : [...target.rooms];
-    const except = isRoom ? [] : [...(target.except ?? [])];
-    const flags = isRoom ? undefined : target.flags;
-    if (sockets.length === 0 && !sessions.awaits(rooms)) return;
-    const stamped = packets().map((encoded) => {
-      const parts = encoded.map(partOf);
-      const offset = sessions.deliver({ rooms, except, parts, sender, number }, sockets, !flags?.volatile);
-      return this.#stamp(parts, offset);
-    });
+    if (!sessions || decoded?.id !== undefined) return super.deliver(sockets, target, packets, origin, first, decoded);
+    if (sockets.length === 0 && !sessions.awaits(target)) return;
+    const { log } = sessions;
+    const frame = "body" in origin ? origin : undefined;
+    const flags = typeof target === "string" ? undefined : target.flags;
+    const isKept = frame ? frame.number > 0 : !flags?.volatile;
+    let position = isKept && frame ? log.note(frame) + first : log.position;
+    const stamped: unknown[][] = [];
+    for (const encoded of packets()) {
+      const parts = asParts(encoded);
+      if (isKept) position = frame ? position + 1 : log.add(this.#routeTo(target), parts, origin);
+      stamped.push(this.#stamp(parts, sessions.wrote(sockets, position)));
+    }
     this.writeTo(sockets, stamped, flags, decoded);
   }
 
-  #stamp(parts: Part[], offset: string): unknown[] {
+  #routeTo(target: string | BroadcastOptions): Destination {
+    return this.#routes.packets(typeof target === "string" ? { rooms: new Set([target]) } : target);
+  }
+
+  #stamp(parts: readonly Part[], offset: string): unknown[] {
     const [text] = parts;
     if (this.#pastes && typeof text === "string") return [`${text.slice(0, -1)},"${offset}"]`, ...parts.slice(1)];
-    const packet = this.decode(parts);
+    const packet = this.decode([...parts]);
     return this.nsp.server.encoder.encode({ ...packet, data: [...packet.data, offset] });
   }
 }
@@ -1046,13 +1056,14 @@ interface Session extends SocketSession {
   readonly lostAt: number;
   /** What the client presented when it came back the last time, and what that stands for, until it hears of a newer one. */
   readonly alias?: Alias | undefined;
-  /** Other series that belong to it, each from behind a position on. */
-  readonly from: Readonly<Record<string, number>>;
-  /** The latest packet that its owner no longer had as it handed the session over, and the log's latest as this server took it. */
-  readonly gone: number;
-  readonly takenAt: number;
   /** For how many ms it waits yet. */
   readonly ms: number;
+  /** Where it was handed over: the latest packet for it that its owner no longer had, and other series that belong to it. */
+  readonly gone: number;
+  readonly from: Readonly<Record<string, number>>;
+  /** What its former servers have delivered, and the position from which on this one's own log goes on. */
+  readonly earlier: readonly Delivered[];
+  readonly takenAt: number;
 }
 type Known = Pick<Session, "owner" | "base" | "last" | "alias">;
 interface Alias {
@@ -1060,39 +1071,56 @@ interface Alias {
   readonly position: number;
 }
 
-/** What an entry of the log costs beyond its text, about (bytes). */
-const ENTRY_OVERHEAD = 240;
 /** The position of what has none in a series: behind all others. */
 const LAST = Number.MAX_SAFE_INTEGER;
-
-/** What a server has delivered in a namespace, oldest first, for as long and as far as the bounds allow. */
+/** What a server has delivered in a namespace, as frames: those of peers as they came, with their position for a floor. */
 class DeliveryLog {
-  /** How many entries there were. */
+  /** How many packets there were. */
   position = 0;
-  bytes = 0;
-  #entries: { readonly packet: Delivered; readonly bytes: number; readonly at: number }[] = [];
-  /** Where the oldest one stands. */
-  #start = 0;
+  readonly #uid: string;
+  readonly #maxBytes: number;
+  readonly #frames: SentLog;
+  /** The peer's frame that came last, and the position before it. */
+  #noted: Frame | undefined;
+  #base = 0;
+  /** Packets that came without a frame of their own, are in none yet, and where they are from. */
+  #loose: Waiting[] = [];
+  #looseBytes = 0;
+  #origin: Origin = FOREIGN;
   /** Of rooms: the position of the latest packet that was let go, and when; and that of all rooms, or of long ago. */
   readonly #gone = new Map<Room, { readonly position: number; readonly at: number }>();
   #floor = 0;
-  readonly #maxBytes: number;
 
-  constructor(maxBytes: number) {
+  constructor(uid: string, maxBytes: number) {
+    this.#uid = uid;
     this.#maxBytes = maxBytes;
+    this.#frames = new SentLog(maxBytes);
   }
 
-  /** The position of the oldest entry, or of the next. */
-  get first(): number {
-    return this.position - this.#entries.length + this.#start + 1;
+  /** Keeps a peer's frame; gives the position before its first packet. */
+  note(frame: Frame): number {
+    if (frame === this.#noted) return this.#base;
+    this.#flush();
+    this.#noted = frame;
+    this.#base = this.position;
+    const body = this.#allocate(frame.body.length);
+    frame.body.copy(body);
+    body.writeUIntLE(this.position, FLOOR, 6);
+    this.position += frame.packets;
+    return this.#base;
   }
 
-  add(packet: Delivered, at: number): void {
-    const bytes = packet.parts.reduce((sum, { length }) => sum + length, ENTRY_OVERHEAD);
+  /** Keeps a packet that came in no frame of its own; gives its position. */
+  add(to: Destination, parts: readonly Part[], origin: Origin): number {
+    if (origin.number !== this.#origin.number || origin.sender !== this.#origin.sender) this.#flush();
+    this.#origin = origin;
+    let bytes = 0;
+    for (const part of parts) bytes += part.length;
+    this.#loose.push({ to, parts, bytes, at: 0 });
+    this.#looseBytes += bytes;
     this.position++;
-    this.bytes += bytes;
-    this.#entries.push({ packet, bytes, at });
-    while (this.bytes > this.#maxBytes) this.#forget(at);
+    if (this.#looseBytes > Math.min(FRAME_SIZE, this.#maxBytes / 16)) this.#flush();
+    return this.position;
   }
 
   /** The position of the latest packet for these rooms that is no longer there. */
@@ -1100,35 +1128,76 @@ class DeliveryLog {
     return rooms.reduce((latest: number, room) => Math.max(latest, this.#gone.get(room)?.position ?? 0), this.#floor);
   }
 
-  after(position: number): Delivered[] {
-    const start = Math.max(this.#start, this.#start + position + 1 - this.first);
-    return this.#entries.slice(start).map(({ packet }) => packet);
+  /** What was delivered behind a position for any of these rooms, or for everyone. */
+  after(position: number, rooms: ReadonlySet<Room>): Delivered[] {
+    this.#flush();
+    const frames = this.#frames;
+    let number = frames.next - 1;
+    while (number >= frames.first && this.#baseOf(number) > position) number--;
+    const found: Delivered[] = [];
+    for (number = Math.max(number, frames.first); number < frames.next; number++) {
+      const frame = readFrame(frames.get(number) ?? Buffer.alloc(0));
+      const reader = new FrameReader(frame);
+      for (const section of reader.sections) {
+        const to = roomsOf(section);
+        if (!to || (to.rooms.length > 0 && !to.rooms.some((room) => rooms.has(room)))) continue;
+        for (const [i, packet] of reader.packets(section).entries()) {
+          const at = frame.floor + section.first + i + 1;
+          const parts = packet.map((part) => (typeof part === "string" ? part : Buffer.from(part))); // the log's memory is used again
+          const { sender, number } = frame;
+          if (at > position) found.push({ series: this.#uid, position: at, ...to, parts, sender, number });
+        }
+      }
+    }
+    return found;
   }
 
   expire(before: number): void {
-    for (let oldest = this.#entries[this.#start]; oldest && oldest.at < before; oldest = this.#entries[this.#start])
-      this.#forget(oldest.at);
+    while (this.#frames.first < this.#frames.next && this.#frames.timeOf(this.#frames.first) < before) this.#forget();
     for (const [room, { position, at }] of this.#gone) {
-      if (at >= before) break;
+      if (at >= before) continue;
       this.#floor = Math.max(this.#floor, position);
       this.#gone.delete(room);
     }
   }
 
-  #forget(at: number): void {
-    const { first: position } = this;
-    const oldest = this.#entries[this.#start++];
-    if (!oldest) return;
-    this.bytes -= oldest.bytes;
-    if (oldest.packet.rooms.length === 0) this.#floor = position;
-    for (const room of oldest.packet.rooms) {
-      this.#gone.delete(room); // so that the latest stands last
-      this.#gone.set(room, { position, at });
-    }
-    if (this.#start * 2 < this.#entries.length) return;
-    this.#entries.splice(0, this.#start);
-    this.#start = 0;
+  #flush(): void {
+    if (this.#loose.length === 0) return;
+    const { sender, number } = this.#origin;
+    const base = this.position - this.#loose.length;
+    writeFrame((size) => this.#allocate(size), sender, number, base, this.#loose, []);
+    this.#loose = [];
+    this.#looseBytes = 0;
   }
+
+  #allocate(size: number): Buffer {
+    while (this.#frames.bytes + size > this.#maxBytes && this.#frames.first < this.#frames.next) this.#forget();
+    return this.#frames.append(size, performance.now(), 0);
+  }
+
+  #forget(): void {
+    const frame = readFrame(this.#frames.get(this.#frames.first) ?? Buffer.alloc(0));
+    const gone = { position: frame.floor + frame.packets, at: this.#frames.timeOf(this.#frames.first) };
+    for (const section of new FrameReader(frame).sections) {
+      const to = roomsOf(section);
+      if (to?.rooms.length === 0) this.#floor = gone.position;
+      for (const room of to?.rooms ?? []) this.#gone.set(room, gone);
+    }
+    this.#frames.forget(Infinity);
+  }
+
+  #baseOf(number: number): number {
+    return this.#frames.get(number)?.readUIntLE(FLOOR, 6) ?? 0;
+  }
+}
+
+/** Who the packets of a section are for; undefined for messages between servers. */
+function roomsOf({ kind, head }: Section): Pick<Delivered, "rooms" | "except"> | undefined {
+  if (kind >= SectionKind.Messages) return undefined;
+  if (kind === SectionKind.Everyone) return { rooms: [], except: [] };
+  if (kind === SectionKind.Room) return { rooms: [head], except: [] };
+  const { rooms, except } = packetsHead(head);
+  return { rooms: [...rooms], except: [...except] };
 }
 
 /** Whether a packet was for a socket in these rooms. */
@@ -1148,7 +1217,7 @@ class Sessions {
 
   constructor(uid: string, maxBytes: number) {
     this.#uid = uid;
-    this.log = new DeliveryLog(maxBytes);
+    this.log = new DeliveryLog(uid, maxBytes);
   }
 
   get all(): Session[] {
@@ -1160,18 +1229,12 @@ class Sessions {
     return until > performance.now() ? session : undefined;
   }
 
-  /** Notes a packet for these sockets; gives its offset. One that is not to be kept has that of the one before. */
-  deliver(packet: Omit<Delivered, "series" | "position">, sockets: readonly Socket[], isKept: boolean): string {
-    if (isKept) this.log.add({ ...packet, series: this.#uid, position: this.log.position + 1 }, performance.now());
-    const { position } = this.log;
-    for (const { id } of sockets) this.wrote(id, position);
-    return this.#offset(position);
-  }
-
-  /** Notes that a packet is written to a socket; gives its offset. */
-  wrote(sid: SocketId, position: number): string {
-    const trail = this.#trails.get(sid);
-    if (trail) trail.last = position;
+  /** Notes that a packet is written to sockets; gives its offset. */
+  wrote(sockets: readonly Pick<Socket, "id">[], position: number): string {
+    for (const { id } of sockets) {
+      const trail = this.#trails.get(id);
+      if (trail) trail.last = position;
+    }
     return this.#offset(position);
   }
 
@@ -1187,9 +1250,11 @@ class Sessions {
     if (trail) this.put({ ...session, ...this.#own(trail), ms });
   }
 
-  /** Whether packets for these rooms are kept though no socket is in them. */
-  awaits(rooms: readonly Room[]): boolean {
-    return this.pinned.size > 0 && (rooms.length === 0 || rooms.some((room) => this.pinned.has(room)));
+  /** Whether packets for a room or options are kept though there is no socket for them. */
+  awaits(target: string | BroadcastOptions): boolean {
+    if (this.pinned.size === 0) return false;
+    if (typeof target === "string") return this.pinned.has(target);
+    return target.rooms.size === 0 || [...target.rooms].some((room) => this.pinned.has(room));
   }
 
   /** Whether the client of a connected socket may present an offset, and whether it has presented it before. */
@@ -1227,27 +1292,27 @@ class Sessions {
     if (position === undefined) return undefined;
     // Who has all that was written to it has missed nothing before it was lost, however long ago that was.
     const since = position === session.last ? session.lostAt : position;
-    const isOwn = session.series === this.#uid;
-    const start = isOwn ? since : session.takenAt;
+    const start = session.series === this.#uid ? since : session.takenAt;
     if (since < session.gone || start < this.log.gone(session.rooms)) return undefined;
-    const from: Record<string, number> = { ...session.from, [session.series]: since };
-    return this.log
-      .after(start)
-      .filter((packet) => packet.position > (from[packet.series] ?? Infinity) && isFor(session.rooms, packet));
+    const from: Record<string, number> = { ...session.from, [session.series]: since, [this.#uid]: start };
+    return [...session.earlier, ...this.log.after(start, new Set(session.rooms))].filter(
+      (packet) => packet.position > (from[packet.series] ?? Infinity) && isFor(session.rooms, packet),
+    );
   }
 
   /** The client of a session is back: what it has missed gets offsets of this server, and the session is one of this server. */
-  renew(session: Session, offset: string, missed: readonly Delivered[]): { session: Session; offsets: string[] } {
+  renew(
+    session: Session,
+    offset: string,
+    missed: readonly Delivered[],
+    to: Destination,
+  ): { session: Session; offsets: string[] } {
     this.#waiting.delete(session.pid);
     const isOwn = session.series === this.#uid;
     const base = isOwn ? (this.#positionOf(session, offset) ?? 0) : this.log.position;
-    const offsets = missed.map((packet) => {
-      if (isOwn) return this.#offset(packet.position);
-      const { position } = this.log;
-      const again = { ...packet, rooms: [session.sid], except: [], series: this.#uid, position: position + 1 };
-      this.log.add(again, performance.now());
-      return this.#offset(position + 1);
-    });
+    const offsets = missed.map(({ parts, position }) =>
+      this.#offset(isOwn ? position : this.log.add(to, parts, { sender: this.#uid, number: 0 })),
+    );
     const last = missed.length === 0 ? base : isOwn ? (missed.at(-1)?.position ?? base) : this.log.position;
     const trail = { base, last, alias: { offset, position: base } };
     this.#trails.set(session.sid, trail);
@@ -1258,24 +1323,28 @@ class Sessions {
   needed(sessions: readonly Session[]): Delivered[] {
     const rooms = new Set(sessions.flatMap((session) => session.rooms));
     const behind = new Map<string, number>();
-    for (const { series, base, from } of sessions)
-      for (const [name, position] of [[series, base] as const, ...Object.entries(from)])
+    for (const { series, base, from, takenAt } of sessions)
+      for (const [name, position] of [[this.#uid, takenAt], [series, base], ...Object.entries(from)] as [
+        string,
+        number,
+      ][])
         behind.set(name, Math.min(behind.get(name) ?? Infinity, position));
-    return this.log
-      .after(0)
-      .filter((packet) => packet.position > (behind.get(packet.series) ?? Infinity))
-      .filter((packet) => packet.rooms.length === 0 || packet.rooms.some((room) => rooms.has(room)));
+    const earlier = new Set(sessions.flatMap((session) => session.earlier));
+    return [...earlier, ...this.log.after(behind.get(this.#uid) ?? 0, rooms)].filter(
+      (packet) => packet.position > (behind.get(packet.series) ?? Infinity),
+    );
   }
 
   /** Gives a session away as another server takes it over; its rooms stay pinned until `unpin()`. */
   release({ pid }: Session): Session | undefined {
     const { session, until } = this.#waiting.get(pid) ?? {};
     if (!session || until === undefined) return undefined;
-    const isOwn = session.series === this.#uid;
     const gone = this.log.gone(session.rooms);
+    const isOwn = session.series === this.#uid;
     if (!isOwn && session.takenAt < gone) return undefined; // the log has let a part of it go
     this.#waiting.delete(pid);
-    return { ...session, gone: isOwn ? gone : session.gone, ms: until - performance.now() };
+    const from = isOwn ? {} : { ...session.from, [this.#uid]: session.takenAt };
+    return { ...session, gone: isOwn ? gone : session.gone, from, earlier: [], ms: until - performance.now() };
   }
 
   /**
@@ -1289,13 +1358,14 @@ class Sessions {
     meanwhile: readonly Delivered[],
   ): void {
     const takenAt = this.log.position;
-    const now = performance.now();
-    for (const packet of delivered) this.log.add({ ...packet, series: `${id}:${packet.series}` }, now);
-    for (const packet of meanwhile) this.log.add({ ...packet, series: id, position: LAST }, now);
+    const earlier = [
+      ...delivered.map((packet) => ({ ...packet, series: `${id}:${packet.series}` })),
+      ...meanwhile.map((packet) => ({ ...packet, series: id, position: LAST })),
+    ];
     for (const session of sessions) {
-      const from = Object.fromEntries(Object.entries(session.from).map(([series, from]) => [`${id}:${series}`, from]));
-      const here = { [id]: 0, [this.#uid]: this.log.position };
-      this.put({ ...session, series: `${id}:${session.series}`, from: { ...from, ...here }, takenAt });
+      const former = Object.entries(session.from).map(([series, from]) => [`${id}:${series}`, from]);
+      const from = { ...Object.fromEntries(former), [id]: 0 };
+      this.put({ ...session, series: `${id}:${session.series}`, from, earlier, takenAt });
     }
   }
 
@@ -1316,7 +1386,16 @@ class Sessions {
   /** What a session of this server is beyond that of Socket.IO. */
   #own(trail: { base: number; last: number; alias?: Alias | undefined }) {
     const { position } = this.log;
-    return { owner: this.#uid, series: this.#uid, ...trail, lostAt: position, from: {}, gone: 0, takenAt: 0 };
+    return {
+      owner: this.#uid,
+      series: this.#uid,
+      ...trail,
+      lostAt: position,
+      from: {},
+      gone: 0,
+      earlier: [],
+      takenAt: position,
+    };
   }
 
   /** What an offset stands for that the client may have; undefined for any other. */
@@ -1346,6 +1425,8 @@ interface RecoveryLinks {
   follow(rooms: readonly Room[]): Promise<void> | void;
   /** The sockets that are connected. */
   readonly sockets: ReadonlyMap<SocketId, Socket>;
+  /** The destination of packets for one socket. */
+  routeTo(sid: SocketId): Destination;
   /** A packet's data, with its offset. */
   data(parts: readonly Part[], offset: string): unknown[];
 }
@@ -1511,8 +1592,8 @@ class Handover {
         items.push(...list);
         const numbers = items.find(isHeard)?.heard;
         if (!isLast || !numbers) return;
-        const meanwhile = log.after(begin).filter(({ series, position, sender, number }) => {
-          if (series !== uid || sender === from) return false;
+        const meanwhile = log.after(begin, new Set(rooms)).filter(({ position, sender, number }) => {
+          if (sender === from) return false;
           return sender === uid ? position > asked : number > (numbers[sender] ?? 0);
         });
         this.#sessions.take(`${from}/${begin}/${pids[0]}`, sessions, items.filter(isDelivered), meanwhile);
@@ -1633,7 +1714,7 @@ class Recovery {
   #arrive(session: Session, offset: string): SocketSession & { missedPackets: unknown[][] } {
     const { sid, pid, rooms, data } = session;
     const missed = this.sessions.missed(session, offset) ?? [];
-    const renewed = this.sessions.renew(session, offset, missed);
+    const renewed = this.sessions.renew(session, offset, missed, this.#links.routeTo(sid));
     const missedPackets = missed.map(({ parts }, i) => this.#links.data(parts, renewed.offsets[i] ?? ""));
     // What comes until the socket is there is added: Socket.IO reads the array then.
     const upTo = this.sessions.log.position;
@@ -1646,9 +1727,9 @@ class Recovery {
     const { session, upTo } = arrival;
     const { log } = this.sessions;
     arrival.upTo = log.position;
-    return log.after(upTo).flatMap((packet) => {
-      if (packet.series !== this.#links.uid || !isFor(session.rooms, packet)) return [];
-      return [this.#links.data(packet.parts, this.sessions.wrote(session.sid, packet.position))];
+    return log.after(upTo, new Set(session.rooms)).flatMap((packet) => {
+      if (!isFor(session.rooms, packet)) return [];
+      return [this.#links.data(packet.parts, this.sessions.wrote([{ id: session.sid }], packet.position))];
     });
   }
 }
@@ -1812,7 +1893,7 @@ interface Tenant extends RoomOwner {
   /** Settled when the namespace is bound and announced, or closed. */
   readonly opened: PromiseWithResolvers<void>;
   /** Packets of a peer: what for, and encoded by the peer. */
-  onPackets(section: Section, packets: () => Part[][], origin: Origin): void;
+  onPackets(section: Section, packets: () => Part[][], frame: Frame): void;
   onMessage(message: Message, origin: Origin): void;
   /** Emits an `error`; false where nobody listens. */
   report(error: Error): boolean;
@@ -2313,7 +2394,7 @@ class Sender {
 
   /** A packet for a destination. Volatile ones are dropped while the broker is away. */
   add(to: Destination, parts: readonly unknown[]): void {
-    const packet = parts.every((part) => typeof part === "string") ? parts : parts.map(partOf);
+    const packet = asParts(parts);
     let length = 0;
     for (const part of packet) length += part.length;
     const { maxPayload } = this.#context.settings;
@@ -2411,7 +2492,7 @@ interface ReceiverEvents {
 }
 
 /** The origin of what other AMQP clients publish. */
-const FOREIGN: Origin = { sender: "", number: 0 };
+const FOREIGN: Origin = { sender: "foreign.", number: 0 };
 /** How many ms after a queue has gone the rooms' exchanges are bound again. */
 const RENEW_AFTER = 2_000;
 
@@ -3179,9 +3260,11 @@ const isSame = (a: Destination, b: Destination): boolean =>
   a === b ||
   (a.head === b.head && a.kind === b.kind && a.keys[0] === b.keys[0] && a.nsp === b.nsp && a.volatile === b.volatile);
 
-/** Whether packets for both may travel in one frame. */
+/** Whether packets for both may travel in one frame; messages have their own. */
 const mayShare = (a: Destination, b: Destination): boolean =>
-  a.nsp === b.nsp && a.volatile === b.volatile && a.kind !== SectionKind.Direct && b.kind !== SectionKind.Direct;
+  a.nsp === b.nsp && a.volatile === b.volatile && isPacket(a) === isPacket(b) && !isDirect(a) && !isDirect(b);
+const isPacket = ({ kind }: Destination): boolean => kind < SectionKind.Messages;
+const isDirect = ({ kind }: Destination): boolean => kind === SectionKind.Direct;
 
 /** The log's memory comes in blocks of this many bytes, or less where `journal.bytes` is small; a larger frame has its own. */
 const BLOCK = 256 * 1024;
@@ -3205,9 +3288,9 @@ interface Block {
 class SentLog {
   /** The oldest number that is held, or the next one. */
   first = 1;
+  next = 1;
   /** How many bytes the frames take. */
   bytes = 0;
-  #next = 1;
   readonly #blocks: Block[] = [];
   /** A block's memory that is free: what is used again costs no page faults. */
   #spare: Buffer | undefined;
@@ -3221,10 +3304,10 @@ class SentLog {
 
   /** Room for the frame with the next number. Numbers up to `floor` may be forgotten for it. */
   append(size: number, at: number, floor: number): Buffer {
-    while (this.bytes + size > this.#maxBytes && this.#forget(floor));
+    while (this.bytes + size > this.#maxBytes && this.forget(floor));
     let block = this.#blocks.at(-1);
     if (!block || block.end + size > block.buffer.length) {
-      block = { buffer: this.#allocate(size), first: this.#next, starts: [], sizes: [], times: [], end: 0 };
+      block = { buffer: this.#allocate(size), first: this.next, starts: [], sizes: [], times: [], end: 0 };
       this.#blocks.push(block);
     }
     block.starts.push(block.end);
@@ -3232,7 +3315,7 @@ class SentLog {
     block.times.push(at);
     block.end += size;
     this.bytes += size;
-    this.#next++;
+    this.next++;
     return block.buffer.subarray(block.end - size, block.end);
   }
 
@@ -3242,6 +3325,12 @@ class SentLog {
     if (!block) return undefined;
     const [start = 0, size = 0] = [block.starts[number - block.first], block.sizes[number - block.first]];
     return block.buffer.subarray(start, start + size);
+  }
+
+  /** When a frame was made (ms, monotonic). */
+  timeOf(number: number): number {
+    const block = this.#blockOf(number);
+    return block?.times[number - block.first] ?? 0;
   }
 
   /** Leaves a frame without content, so that its number is no hole. */
@@ -3255,17 +3344,12 @@ class SentLog {
 
   /** Forgets what was made before a time and is confirmed up to `floor`. */
   expire(before: number, floor: number): void {
-    while (this.#forget(floor, before));
+    while (this.forget(floor, before));
     if (this.#blocks.length === 0) this.#spare = undefined;
   }
 
-  #blockOf(number: number): Block | undefined {
-    if (number < this.first || number >= this.#next) return undefined;
-    return this.#blocks.findLast(({ first }) => first <= number);
-  }
-
   /** Forgets the oldest frame if it is confirmed and old enough; with the last one of a block its memory. */
-  #forget(floor: number, before = Infinity): boolean {
+  forget(floor: number, before: number = Infinity): boolean {
     const [block] = this.#blocks;
     if (!block || this.first > floor) return false;
     const index = this.first - block.first;
@@ -3276,6 +3360,11 @@ class SentLog {
     this.#blocks.shift();
     if (block.buffer.length === this.#blockSize) this.#spare = block.buffer;
     return true;
+  }
+
+  #blockOf(number: number): Block | undefined {
+    if (number < this.first || number >= this.next) return undefined;
+    return this.#blocks.findLast(({ first }) => first <= number);
   }
 
   #allocate(size: number): Buffer {
@@ -4288,6 +4377,8 @@ type Part = string | Uint8Array;
 
 const VERSION = 2;
 const HEADER = 32;
+/** Where a frame's floor stands. */
+const FLOOR = 16;
 /** A frame without sections. */
 const EMPTY_FRAME = HEADER + 12;
 const BINARY = 2 ** 31;
@@ -4319,7 +4410,7 @@ function writeHeader(frame: Buffer, kind: number, sender: string, number: number
   frame[1] = kind;
   frame.write(sender, 2, "latin1");
   frame.writeUIntLE(number, 10, 6);
-  frame.writeUIntLE(floor, 16, 6);
+  frame.writeUIntLE(floor, FLOOR, 6);
   frame.fill(0, 22, HEADER);
 }
 
@@ -4387,7 +4478,7 @@ function readFrame(body: Buffer): Frame {
   if (version !== VERSION) throw new UnknownVersion(version, sender);
   if (kind !== FrameKind.Packets && kind !== FrameKind.Control) throw new FrameError(`a frame of kind ${kind}`);
   const number = body.readUIntLE(10, 6);
-  const floor = body.readUIntLE(16, 6);
+  const floor = body.readUIntLE(FLOOR, 6);
   return { kind, sender, number, floor, packets: body.readUInt32LE(28), body };
 }
 
@@ -4395,6 +4486,8 @@ function readFrame(body: Buffer): Frame {
 interface Section {
   readonly kind: number;
   readonly head: string;
+  /** How many packets stand before it. */
+  readonly first: number;
   /** Where its first part stands: among the words, in the text, and among the binaries. */
   readonly word: number;
   readonly parts: number;
@@ -4425,6 +4518,7 @@ class FrameReader {
     this.nsp = this.#text.slice(0, nspLength);
     let head = nspLength;
     let text = nspLength;
+    let first = 0;
     for (let i = 0; i < sections; i++) text += words[3 + 2 * i]! >>> 3;
     for (let i = 0; i < sections; i++) {
       const [about = 0, parts = 0] = [words[3 + 2 * i], words[4 + 2 * i]];
@@ -4432,6 +4526,7 @@ class FrameReader {
       const section = {
         kind: about & 7,
         head: this.#text.slice(head, head + (about >>> 3)),
+        first,
         word,
         parts,
         text,
@@ -4441,6 +4536,7 @@ class FrameReader {
       head += about >>> 3;
       for (const end = word + parts; word < end; word++) {
         const part = words[word]!;
+        if ((part & MORE_PARTS) === 0) first++;
         if (part >= BINARY) binary += part & MAX_PART;
         else text += part & MAX_PART;
       }
@@ -4687,6 +4783,9 @@ function partOf(part: unknown): Part {
     `Cannot send ${Bun.inspect(part)} to other servers; expected a string, a buffer or a typed array`,
   );
 }
+
+const asParts = (parts: readonly unknown[]): readonly Part[] =>
+  parts.every((part) => typeof part === "string") ? parts : parts.map(partOf);
 
 function toWire({ rooms, except, flags }: BroadcastOptions): WireOptions {
   return { rooms: [...rooms], except: [...(except ?? [])], flags: sentFlags(flags) };
