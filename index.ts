@@ -754,9 +754,12 @@ class RecoveringAdapter extends BoundAdapter {
     const except = isRoom ? [] : [...(target.except ?? [])];
     const flags = isRoom ? undefined : target.flags;
     if (sockets.length === 0 && !sessions.awaits(rooms)) return;
+    const at = performance.now();
     const stamped = packets().map((encoded) => {
-      const parts = encoded.map(partOf);
-      const offset = sessions.deliver({ rooms, except, parts, sender, number }, sockets, !flags?.volatile);
+      const parts = isText(encoded) ? encoded : encoded.map(partOf);
+      const position = sessions.log.position + 1;
+      const packet = { series: sessions.uid, position, rooms, except, parts, sender, number };
+      const offset = sessions.deliver(packet, at, sockets, !flags?.volatile);
       return this.#stamp(parts, offset);
     });
     this.writeTo(sockets, stamped, flags, decoded);
@@ -1088,7 +1091,8 @@ class DeliveryLog {
   }
 
   add(packet: Delivered, at: number): void {
-    const bytes = packet.parts.reduce((sum, { length }) => sum + length, ENTRY_OVERHEAD);
+    let bytes = ENTRY_OVERHEAD;
+    for (const { length } of packet.parts) bytes += length;
     this.position++;
     this.bytes += bytes;
     this.#entries.push({ packet, bytes, at });
@@ -1131,6 +1135,8 @@ class DeliveryLog {
   }
 }
 
+const isText = (parts: readonly unknown[]): parts is string[] => parts.length === 1 && typeof parts[0] === "string";
+
 /** Whether a packet was for a socket in these rooms. */
 const isFor = (rooms: readonly Room[], packet: Delivered): boolean =>
   (packet.rooms.length === 0 || packet.rooms.some((room) => rooms.includes(room))) &&
@@ -1141,13 +1147,13 @@ class Sessions {
   /** Rooms of sessions that wait, and of how many. */
   readonly pinned = new Map<Room, number>();
   readonly log: DeliveryLog;
-  readonly #uid: string;
+  readonly uid: string;
   readonly #waiting = new Map<string, { readonly session: Session; readonly until: number }>();
   /** Of each socket: the position at which it came, and the last one that was written to it. */
   readonly #trails = new Map<SocketId, { readonly base: number; last: number; readonly alias?: Alias | undefined }>();
 
   constructor(uid: string, maxBytes: number) {
-    this.#uid = uid;
+    this.uid = uid;
     this.log = new DeliveryLog(maxBytes);
   }
 
@@ -1161,8 +1167,8 @@ class Sessions {
   }
 
   /** Notes a packet for these sockets; gives its offset. One that is not to be kept has that of the one before. */
-  deliver(packet: Omit<Delivered, "series" | "position">, sockets: readonly Socket[], isKept: boolean): string {
-    if (isKept) this.log.add({ ...packet, series: this.#uid, position: this.log.position + 1 }, performance.now());
+  deliver(packet: Delivered, at: number, sockets: readonly Socket[], isKept: boolean): string {
+    if (isKept) this.log.add(packet, at);
     const { position } = this.log;
     for (const { id } of sockets) this.wrote(id, position);
     return this.#offset(position);
@@ -1195,7 +1201,7 @@ class Sessions {
   /** Whether the client of a connected socket may present an offset, and whether it has presented it before. */
   knows(sid: SocketId, offset: string): "old" | "new" | undefined {
     const trail = this.#trails.get(sid);
-    if (!trail || this.#positionOf({ owner: this.#uid, ...trail }, offset) === undefined) return undefined;
+    if (!trail || this.#positionOf({ owner: this.uid, ...trail }, offset) === undefined) return undefined;
     return offset === trail.alias?.offset ? "old" : "new";
   }
 
@@ -1227,7 +1233,7 @@ class Sessions {
     if (position === undefined) return undefined;
     // Who has all that was written to it has missed nothing before it was lost, however long ago that was.
     const since = position === session.last ? session.lostAt : position;
-    const isOwn = session.series === this.#uid;
+    const isOwn = session.series === this.uid;
     const start = isOwn ? since : session.takenAt;
     if (since < session.gone || start < this.log.gone(session.rooms)) return undefined;
     const from: Record<string, number> = { ...session.from, [session.series]: since };
@@ -1239,12 +1245,12 @@ class Sessions {
   /** The client of a session is back: what it has missed gets offsets of this server, and the session is one of this server. */
   renew(session: Session, offset: string, missed: readonly Delivered[]): { session: Session; offsets: string[] } {
     this.#waiting.delete(session.pid);
-    const isOwn = session.series === this.#uid;
+    const isOwn = session.series === this.uid;
     const base = isOwn ? (this.#positionOf(session, offset) ?? 0) : this.log.position;
     const offsets = missed.map((packet) => {
       if (isOwn) return this.#offset(packet.position);
       const { position } = this.log;
-      const again = { ...packet, rooms: [session.sid], except: [], series: this.#uid, position: position + 1 };
+      const again = { ...packet, rooms: [session.sid], except: [], series: this.uid, position: position + 1 };
       this.log.add(again, performance.now());
       return this.#offset(position + 1);
     });
@@ -1271,7 +1277,7 @@ class Sessions {
   release({ pid }: Session): Session | undefined {
     const { session, until } = this.#waiting.get(pid) ?? {};
     if (!session || until === undefined) return undefined;
-    const isOwn = session.series === this.#uid;
+    const isOwn = session.series === this.uid;
     const gone = this.log.gone(session.rooms);
     if (!isOwn && session.takenAt < gone) return undefined; // the log has let a part of it go
     this.#waiting.delete(pid);
@@ -1294,7 +1300,7 @@ class Sessions {
     for (const packet of meanwhile) this.log.add({ ...packet, series: id, position: LAST }, now);
     for (const session of sessions) {
       const from = Object.fromEntries(Object.entries(session.from).map(([series, from]) => [`${id}:${series}`, from]));
-      const here = { [id]: 0, [this.#uid]: this.log.position };
+      const here = { [id]: 0, [this.uid]: this.log.position };
       this.put({ ...session, series: `${id}:${session.series}`, from: { ...from, ...here }, takenAt });
     }
   }
@@ -1310,13 +1316,13 @@ class Sessions {
 
   /** An offset of this server is its name and a position. */
   #offset(position: number): string {
-    return `${this.#uid}.${position}`;
+    return `${this.uid}.${position}`;
   }
 
   /** What a session of this server is beyond that of Socket.IO. */
   #own(trail: { base: number; last: number; alias?: Alias | undefined }) {
     const { position } = this.log;
-    return { owner: this.#uid, series: this.#uid, ...trail, lostAt: position, from: {}, gone: 0, takenAt: 0 };
+    return { owner: this.uid, series: this.uid, ...trail, lostAt: position, from: {}, gone: 0, takenAt: 0 };
   }
 
   /** What an offset stands for that the client may have; undefined for any other. */
