@@ -326,6 +326,7 @@ function cases(long: number): Case[] {
       point: "recovery",
       title: `${ROAMERS} clients come back to any server, ${RETURNS} times each`,
       recovery: true,
+      options: { recoveryBytes: 16 * 2 ** 20 }, // less than what `GROWTH` allows
       rates: [170],
       fault: (f) => f.roam(),
     },
@@ -333,6 +334,7 @@ function cases(long: number): Case[] {
       point: "recovery",
       title: `${ROAMERS} clients come back, all servers restarted, one after the other`,
       recovery: true,
+      options: { recoveryBytes: 16 * 2 ** 20 }, // less than what `GROWTH` allows
       rates: [170],
       fault: (f) =>
         f.roam(async () => {
