@@ -374,6 +374,8 @@ const EVENT = 2;
 const ACK = 3;
 /** How many ms after an acknowledged broadcast has timed out an answer may still come. */
 const ACK_GRACE = 1_000;
+/** What stands for a client's answer that its server's parser cannot encode. */
+const UNSENDABLE = "The client's answer cannot be sent to this server; the other server has reported why";
 const EVERYONE: BroadcastOptions = { rooms: new Set() };
 const NO_ROOMS: ReadonlyMap<Room, unknown> = new Map();
 /** Names that Socket.IO keeps for itself: a client's parser refuses the packet and closes its connection. */
@@ -881,7 +883,7 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
           if (message.type === "clients") peer.count = message.count;
           if (message.type === "ack") {
             peer.acks++;
-            ack(...(message.packet ? this.decode(message.packet).data : []));
+            ack(...(message.packet ? this.decode(message.packet).data : [new Error(UNSENDABLE)]));
           }
           return peer.acks >= peer.count;
         },
