@@ -2896,6 +2896,16 @@ describe("connection state recovery", () => {
     expect(await guest.back(a)).toBe(false);
   });
 
+  test("begins anew, and says why, where a client's data cannot be sent to the server that it comes back to", async () => {
+    const [a, b] = await recovering();
+    const guest = await Guest.at(a, ["red"]);
+    guest.on(a).data = { n: 1n };
+    await guest.leave();
+    await noticed(a);
+    expect(await guest.back(b)).toBe(false);
+    expect(errorsOf(a)).toEqual([expect.stringContaining("cannot be sent to the server it came back to")]);
+  });
+
   test("works with another parser", async () => {
     const [a, b] = await recovering({}, { parser: msgpack });
     const guest = await Guest.at(a, ["red"], "/", { parser: msgpack });

@@ -397,13 +397,14 @@ class LocalAdapter extends Adapter {
   declare readonly nsp: Namespace;
   /** The sockets that are connected. */
   protected readonly connected: ReadonlyMap<SocketId, Socket>;
-  readonly #report: (error: Error) => void;
+  /** Reports what a user should know. */
+  protected readonly tell: (error: Error) => void;
   readonly #maxDetails: number;
 
   constructor(nsp: Namespace, report: (error: Error) => void, maxPayload: number) {
     super(nsp);
     this.connected = (nsp as Namespace & { sockets?: ReadonlyMap<SocketId, Socket> }).sockets ?? new Map();
-    this.#report = report;
+    this.tell = report;
     this.#maxDetails = maxPayload / 4;
   }
 
@@ -465,7 +466,7 @@ class LocalAdapter extends Adapter {
             socket.notifyOutgoingListeners?.((packet ??= this.decode(parts)));
           } catch (error) {
             if (decoded) throw error; // into the emit() of the user who can mend it
-            this.#report(new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }));
+            this.tell(new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }));
           }
         }
         socket.client.writeToEngine(parts, options);
@@ -488,7 +489,7 @@ class LocalAdapter extends Adapter {
     try {
       return this.nsp.server.encoder.encode(packet).map(partOf);
     } catch (error) {
-      this.#report(new TypeError(`A packet cannot be encoded for other servers: ${asError(error).message}`));
+      this.tell(new TypeError(`A packet cannot be encoded for other servers: ${asError(error).message}`));
       return undefined;
     }
   }
@@ -534,7 +535,7 @@ class LocalAdapter extends Adapter {
     try {
       return encodeValue(value);
     } catch (error) {
-      this.#report(new TypeError(`An answer cannot be sent to another server: ${asError(error).message}`));
+      this.tell(new TypeError(`An answer cannot be sent to another server: ${asError(error).message}`));
       return encodeValue({ type: value.type, id: value.id, value: null });
     }
   }
@@ -554,7 +555,7 @@ class LocalAdapter extends Adapter {
   protected answerFetch({ id, opts }: Message & { type: "fetch" }, answer: (value: Answer) => void): void {
     this.answerWith(
       id,
-      this.localSockets(fromWire(opts)).map((socket) => detailsOf(socket, this.#maxDetails, this.#report)),
+      this.localSockets(fromWire(opts)).map((socket) => detailsOf(socket, this.#maxDetails, this.tell)),
       answer,
     );
   }
@@ -564,7 +565,7 @@ class LocalAdapter extends Adapter {
     let items: unknown[] = [];
     let size = 0;
     for (const item of list) {
-      const itemSize = lengthOf(item);
+      const itemSize = isDelivered(item) ? lengthOfParts(item.parts) : lengthOf(item);
       if (items.length > 0 && size + itemSize > this.#maxDetails) {
         answer({ type: "items", id, items, more: true });
         items = [];
@@ -693,6 +694,7 @@ class RecoveringAdapter extends BoundAdapter {
       heard: () => node.membership.heard(),
       follow: (rooms) => this.follow(rooms),
       routeTo: (sid) => this.#routeTo(sid),
+      tell: (error) => this.tell(error),
       data: (parts, offset) => [...this.decode([...parts]).data, offset],
     };
     const { maxDisconnectionDuration } = opts.connectionStateRecovery;
@@ -728,20 +730,22 @@ class RecoveringAdapter extends BoundAdapter {
     return this.#recovery?.close() ?? Promise.resolve();
   }
 
-  protected answerRecovery(
+  protected async answerRecovery(
     message: Message & { type: "claim" | "missed" | "offer" },
     from: string,
     answer: (value: Answer) => void,
-  ): void {
+  ): Promise<void> {
     const recovery = this.#recovery;
-    if (message.type === "claim")
-      void Promise.resolve(recovery?.onClaim(message.pid, message.offset))
-        .catch((error) => (this.report(asError(error)), []))
-        .then((sessions = []) => this.answerWith(message.id, sessions, answer));
-    if (message.type === "missed")
-      this.answerWith(message.id, recovery?.handover.onMissed(message.pids, message.offset) ?? [], answer);
-    if (message.type === "offer")
-      void (recovery?.handover.onOffer(from) ?? Promise.resolve()).then(() => this.answerWith(message.id, [], answer));
+    let items: unknown[] = [];
+    try {
+      if (message.type === "claim") items = (await recovery?.onClaim(message.pid, message.offset)) ?? [];
+      // Answered at once: what is emitted from here on is behind the answer.
+      else if (message.type === "missed") items = recovery?.handover.onMissed(message.pids, message.offset) ?? [];
+      else await recovery?.handover.onOffer(from);
+    } catch (error) {
+      this.tell(asError(error));
+    }
+    this.answerWith(message.id, items, answer);
   }
 
   /** Packets get an offset each, by which the client says how far it has come. */
@@ -976,7 +980,7 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
       case "claim":
       case "missed":
       case "offer":
-        return this.answerRecovery(message, from, answer);
+        return void this.answerRecovery(message, from, answer);
       default:
         this.#node.requests.onAnswer(message, from);
     }
@@ -1015,6 +1019,9 @@ function lengthOf(value: unknown): number {
     return Infinity;
   }
 }
+
+/** About as much for a packet that was delivered, with nothing encoded for it: there may be many. */
+const lengthOfParts = (parts: readonly Part[]): number => parts.reduce((sum, { length }) => sum + length, 256);
 
 /** An event from elsewhere, or a FrameError where the clients' parsers would refuse it and drop their connections. */
 function eventOf(data: unknown[]): unknown[] {
@@ -1429,6 +1436,8 @@ interface RecoveryLinks {
   readonly sockets: ReadonlyMap<SocketId, Socket>;
   /** The destination of packets for one socket. */
   routeTo(sid: SocketId): Destination;
+  /** What a user should know. */
+  tell(error: Error): void;
   /** A packet's data, with its offset. */
   data(parts: readonly Part[], offset: string): unknown[];
 }
@@ -1498,6 +1507,12 @@ class Handover {
   onClaim(pid: string | undefined, found: readonly Session[]): (Session | { isMoving: true })[] {
     if (pid !== undefined && this.#moving.has(pid)) return [{ isMoving: true }];
     return found.flatMap((session) => {
+      if (lengthOf(session.data) === Infinity) {
+        this.#links.tell(
+          new TypeError(`The data of socket ${session.sid} cannot be sent to the server it came back to`),
+        );
+        return [];
+      }
       const released = this.#sessions.release(session);
       if (!released) return [];
       this.#claimed.set(session.pid, { session, until: performance.now() + this.#timeoutMs });
