@@ -2906,6 +2906,19 @@ describe("connection state recovery", () => {
     expect(errorsOf(a)).toEqual([expect.stringContaining("cannot be sent to the server it came back to")]);
   });
 
+  test("bears rooms that are neither strings nor numbers, also once its log is full", async () => {
+    const [a, b] = await recovering({ recoveryBytes: 20_000 });
+    const guest = await Guest.at(b, ["red"]);
+    for (let n = 0; n < 300; n++) a.io.to(["red", false as unknown as string]).emit("n", n, "x".repeat(100));
+    await eventually(() => expect(guest.numbers.at(-1)).toBe(299));
+    expect(guest.numbers).toHaveLength(300);
+    await guest.leave();
+    await noticed(b);
+    a.io.to(["red", 42n as unknown as string]).emit("n", 300);
+    expect(await guest.back(a)).toBe(true);
+    await eventually(() => expect(guest.numbers.at(-1)).toBe(300));
+  });
+
   test("works with another parser", async () => {
     const [a, b] = await recovering({}, { parser: msgpack });
     const guest = await Guest.at(a, ["red"], "/", { parser: msgpack });

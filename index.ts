@@ -398,13 +398,13 @@ class LocalAdapter extends Adapter {
   /** The sockets that are connected. */
   protected readonly connected: ReadonlyMap<SocketId, Socket>;
   /** Reports what a user should know. */
-  protected readonly tell: (error: Error) => void;
+  protected readonly reportError: (error: Error) => void;
   readonly #maxDetails: number;
 
   constructor(nsp: Namespace, report: (error: Error) => void, maxPayload: number) {
     super(nsp);
     this.connected = (nsp as Namespace & { sockets?: ReadonlyMap<SocketId, Socket> }).sockets ?? new Map();
-    this.tell = report;
+    this.reportError = report;
     this.#maxDetails = maxPayload / 4;
   }
 
@@ -466,7 +466,7 @@ class LocalAdapter extends Adapter {
             socket.notifyOutgoingListeners?.((packet ??= this.decode(parts)));
           } catch (error) {
             if (decoded) throw error; // into the emit() of the user who can mend it
-            this.tell(new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }));
+            this.reportError(new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }));
           }
         }
         socket.client.writeToEngine(parts, options);
@@ -489,7 +489,7 @@ class LocalAdapter extends Adapter {
     try {
       return this.nsp.server.encoder.encode(packet).map(partOf);
     } catch (error) {
-      this.tell(new TypeError(`A packet cannot be encoded for other servers: ${asError(error).message}`));
+      this.reportError(new TypeError(`A packet cannot be encoded for other servers: ${asError(error).message}`));
       return undefined;
     }
   }
@@ -526,7 +526,8 @@ class LocalAdapter extends Adapter {
   /** @internal */
   report(error: Error): boolean {
     if (this.listenerCount("error") === 0) return false;
-    queueMicrotask(() => this.emit("error", error)); // a listener that throws breaks nothing that is being done
+    // A listener that throws breaks nothing that is being done; one that is there once may have gone meanwhile.
+    queueMicrotask(() => this.listenerCount("error") > 0 && this.emit("error", error));
     return true;
   }
 
@@ -535,7 +536,7 @@ class LocalAdapter extends Adapter {
     try {
       return encodeValue(value);
     } catch (error) {
-      this.tell(new TypeError(`An answer cannot be sent to another server: ${asError(error).message}`));
+      this.reportError(new TypeError(`An answer cannot be sent to another server: ${asError(error).message}`));
       return encodeValue({ type: value.type, id: value.id, value: null });
     }
   }
@@ -555,7 +556,7 @@ class LocalAdapter extends Adapter {
   protected answerFetch({ id, opts }: Message & { type: "fetch" }, answer: (value: Answer) => void): void {
     this.answerWith(
       id,
-      this.localSockets(fromWire(opts)).map((socket) => detailsOf(socket, this.#maxDetails, this.tell)),
+      this.localSockets(fromWire(opts)).map((socket) => detailsOf(socket, this.#maxDetails, this.reportError)),
       answer,
     );
   }
@@ -693,8 +694,9 @@ class RecoveringAdapter extends BoundAdapter {
       },
       heard: () => node.membership.heard(),
       follow: (rooms) => this.follow(rooms),
+      hasRoom: (room) => this.rooms.has(room),
       routeTo: (sid) => this.#routeTo(sid),
-      tell: (error) => this.tell(error),
+      report: (error) => this.reportError(error),
       data: (parts, offset) => [...this.decode([...parts]).data, offset],
     };
     const { maxDisconnectionDuration } = opts.connectionStateRecovery;
@@ -723,7 +725,7 @@ class RecoveringAdapter extends BoundAdapter {
   }
 
   protected override get pinned(): ReadonlyMap<Room, unknown> {
-    return this.#recovery?.sessions.pinned ?? NO_ROOMS;
+    return this.#recovery?.sessions.pins.rooms ?? NO_ROOMS;
   }
 
   protected handSessionsOver(): Promise<void> {
@@ -743,7 +745,7 @@ class RecoveringAdapter extends BoundAdapter {
       else if (message.type === "missed") items = recovery?.handover.onMissed(message.pids, message.offset) ?? [];
       else await recovery?.handover.onOffer(from);
     } catch (error) {
-      this.tell(asError(error));
+      this.reportError(asError(error));
     }
     this.answerWith(message.id, items, answer);
   }
@@ -887,7 +889,8 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
           if (message.type === "clients") peer.count = message.count;
           if (message.type === "ack") {
             peer.acks++;
-            ack(...(message.packet ? this.decode(message.packet).data : [new Error(UNSENDABLE)]));
+            const values = message.packet ? this.decode(message.packet).data : [new Error(UNSENDABLE)];
+            queueMicrotask(() => ack(...values)); // deferred as below
           }
           return peer.acks >= peer.count;
         },
@@ -1020,7 +1023,7 @@ function lengthOf(value: unknown): number {
   }
 }
 
-/** About as much for a packet that was delivered, with nothing encoded for it: there may be many. */
+/** An estimate for a packet that was delivered, for which nothing is encoded. */
 const lengthOfParts = (parts: readonly Part[]): number => parts.reduce((sum, { length }) => sum + length, 256);
 
 /** An event from elsewhere, or a FrameError where the clients' parsers would refuse it and drop their connections. */
@@ -1096,9 +1099,9 @@ class DeliveryLog {
   #loose: Waiting[] = [];
   #looseBytes = 0;
   #origin: Origin = FOREIGN;
-  /** Of rooms: the position of the latest packet that was let go, and when; and that of all rooms, or of long ago. */
-  readonly #gone = new Map<Room, { readonly position: number; readonly at: number }>();
-  #floor = 0;
+  /** Per room, and for everyone: the highest position that is no longer in the log. */
+  readonly #gone = new Map<Room, number>();
+  #goneForAll = 0;
 
   constructor(uid: string, maxBytes: number) {
     this.#uid = uid;
@@ -1134,7 +1137,7 @@ class DeliveryLog {
 
   /** The position of the latest packet for these rooms that is no longer there. */
   gone(rooms: readonly Room[]): number {
-    return rooms.reduce((latest: number, room) => Math.max(latest, this.#gone.get(room)?.position ?? 0), this.#floor);
+    return rooms.reduce((latest: number, room) => Math.max(latest, this.#gone.get(room) ?? 0), this.#goneForAll);
   }
 
   /** What was delivered behind a position for any of these rooms, or for everyone. */
@@ -1161,13 +1164,10 @@ class DeliveryLog {
     return found;
   }
 
-  expire(before: number): void {
+  /** Forgets what was delivered before a time, and rooms that nobody is in: whoever joins one has missed nothing there. */
+  expire(before: number, isUsed: (room: Room) => boolean): void {
     while (this.#frames.first < this.#frames.next && this.#frames.timeOf(this.#frames.first) < before) this.#forget();
-    for (const [room, { position, at }] of this.#gone) {
-      if (at >= before) continue;
-      this.#floor = Math.max(this.#floor, position);
-      this.#gone.delete(room);
-    }
+    for (const room of this.#gone.keys()) if (!isUsed(room)) this.#gone.delete(room);
   }
 
   #flush(): void {
@@ -1186,11 +1186,12 @@ class DeliveryLog {
 
   #forget(): void {
     const frame = readFrame(this.#frames.get(this.#frames.first) ?? Buffer.alloc(0));
-    const gone = { position: frame.floor + frame.packets, at: this.#frames.timeOf(this.#frames.first) };
-    for (const section of new FrameReader(frame).sections) {
+    const { sections } = new FrameReader(frame);
+    for (const [i, section] of sections.entries()) {
+      const position = frame.floor + (sections[i + 1]?.first ?? frame.packets);
       const to = roomsOf(section);
-      if (to?.rooms.length === 0) this.#floor = gone.position;
-      for (const room of to?.rooms ?? []) this.#gone.set(room, gone);
+      if (to?.rooms.length === 0) this.#goneForAll = position;
+      for (const room of to?.rooms ?? []) this.#gone.set(room, position);
     }
     this.#frames.forget(Infinity);
   }
@@ -1200,13 +1201,18 @@ class DeliveryLog {
   }
 }
 
-/** Who the packets of a section are for; undefined for messages between servers. */
+/** Who the packets of a section are for; undefined for messages between servers, and where that cannot be read. */
 function roomsOf({ kind, head }: Section): Pick<Delivered, "rooms" | "except"> | undefined {
-  if (kind >= SectionKind.Messages) return undefined;
   if (kind === SectionKind.Everyone) return { rooms: [], except: [] };
   if (kind === SectionKind.Room) return { rooms: [head], except: [] };
-  const { rooms, except } = packetsHead(head);
-  return { rooms: [...rooms], except: [...except] };
+  if (kind !== SectionKind.Options) return undefined;
+  try {
+    const { rooms, except } = packetsHead(head);
+    return { rooms: [...rooms], except: [...except] };
+  } catch (error) {
+    debug("log: %s", asError(error).message); // reported when it was delivered
+    return undefined;
+  }
 }
 
 /** Whether a packet was for a socket in these rooms. */
@@ -1214,10 +1220,26 @@ const isFor = (rooms: readonly Room[], packet: Delivered): boolean =>
   (packet.rooms.length === 0 || packet.rooms.some((room) => rooms.includes(room))) &&
   !packet.except.some((room) => rooms.includes(room));
 
+/** Rooms that stay bound for sessions, and for how many. */
+class Pins {
+  readonly rooms: Map<Room, number> = new Map();
+
+  add(rooms: readonly Room[]): void {
+    for (const room of rooms) this.rooms.set(room, (this.rooms.get(room) ?? 0) + 1);
+  }
+
+  remove(rooms: readonly Room[]): void {
+    for (const room of rooms) {
+      const count = (this.rooms.get(room) ?? 0) - 1;
+      if (count > 0) this.rooms.set(room, count);
+      else this.rooms.delete(room);
+    }
+  }
+}
+
 /** The sessions of a namespace that wait on this server, and what their clients have missed. No I/O. */
 class Sessions {
-  /** Rooms of sessions that wait, and of how many. */
-  readonly pinned = new Map<Room, number>();
+  readonly pins = new Pins();
   readonly log: DeliveryLog;
   readonly #uid: string;
   readonly #waiting = new Map<string, { readonly session: Session; readonly until: number }>();
@@ -1261,9 +1283,9 @@ class Sessions {
 
   /** Whether packets for a room or options are kept though there is no socket for them. */
   awaits(target: string | BroadcastOptions): boolean {
-    if (this.pinned.size === 0) return false;
-    if (typeof target === "string") return this.pinned.has(target);
-    return target.rooms.size === 0 || [...target.rooms].some((room) => this.pinned.has(room));
+    if (this.pins.rooms.size === 0) return false;
+    if (typeof target === "string") return this.pins.rooms.has(target);
+    return target.rooms.size === 0 || [...target.rooms].some((room) => this.pins.rooms.has(room));
   }
 
   /** Whether the client of a connected socket may present an offset, and whether it has presented it before. */
@@ -1279,20 +1301,9 @@ class Sessions {
   }
 
   put(session: Session): void {
+    this.pins.remove(this.#waiting.get(session.pid)?.session.rooms ?? []);
     this.#waiting.set(session.pid, { session, until: performance.now() + session.ms });
-    this.pin(session.rooms);
-  }
-
-  pin(rooms: readonly Room[]): void {
-    for (const room of rooms) this.pinned.set(room, (this.pinned.get(room) ?? 0) + 1);
-  }
-
-  unpin(rooms: readonly Room[]): void {
-    for (const room of rooms) {
-      const count = (this.pinned.get(room) ?? 0) - 1;
-      if (count > 0) this.pinned.set(room, count);
-      else this.pinned.delete(room);
-    }
+    this.pins.add(session.rooms);
   }
 
   /** What the client of a session has missed behind an offset; undefined where that is not known, or no longer. */
@@ -1301,9 +1312,9 @@ class Sessions {
     if (position === undefined) return undefined;
     // Who has all that was written to it has missed nothing before it was lost, however long ago that was.
     const since = position === session.last ? session.lostAt : position;
-    const start = session.series === this.#uid ? since : session.takenAt;
+    const from = this.#from(session, since);
+    const start = from[this.#uid] ?? 0;
     if (since < session.gone || start < this.log.gone(session.rooms)) return undefined;
-    const from: Record<string, number> = { ...session.from, [session.series]: since, [this.#uid]: start };
     return [...session.earlier, ...this.log.after(start, new Set(session.rooms))].filter(
       (packet) => packet.position > (from[packet.series] ?? Infinity) && isFor(session.rooms, packet),
     );
@@ -1332,28 +1343,29 @@ class Sessions {
   needed(sessions: readonly Session[]): Delivered[] {
     const rooms = new Set(sessions.flatMap((session) => session.rooms));
     const behind = new Map<string, number>();
-    for (const { series, base, from, takenAt } of sessions)
-      for (const [name, position] of [[this.#uid, takenAt], [series, base], ...Object.entries(from)] as [
-        string,
-        number,
-      ][])
-        behind.set(name, Math.min(behind.get(name) ?? Infinity, position));
+    for (const session of sessions)
+      for (const [series, position] of Object.entries(this.#from(session, session.base)))
+        behind.set(series, Math.min(behind.get(series) ?? Infinity, position));
     const earlier = new Set(sessions.flatMap((session) => session.earlier));
     return [...earlier, ...this.log.after(behind.get(this.#uid) ?? 0, rooms)].filter(
       (packet) => packet.position > (behind.get(packet.series) ?? Infinity),
     );
   }
 
-  /** Gives a session away as another server takes it over; its rooms stay pinned until `unpin()`. */
+  /** The latest packet for a session that is no longer there; undefined where one is missing that it needs. */
+  goneOf({ series, rooms, gone, takenAt }: Session): number | undefined {
+    const latest = this.log.gone(rooms);
+    if (series === this.#uid) return latest;
+    return takenAt < latest ? undefined : gone;
+  }
+
+  /** Gives a session away as another server takes it over; its rooms stay pinned until its pins are removed. */
   release({ pid }: Session): Session | undefined {
     const { session, until } = this.#waiting.get(pid) ?? {};
     if (!session || until === undefined) return undefined;
-    const gone = this.log.gone(session.rooms);
-    const isOwn = session.series === this.#uid;
-    if (!isOwn && session.takenAt < gone) return undefined; // the log has let a part of it go
     this.#waiting.delete(pid);
-    const from = isOwn ? {} : { ...session.from, [this.#uid]: session.takenAt };
-    return { ...session, gone: isOwn ? gone : session.gone, from, earlier: [], ms: until - performance.now() };
+    const from = session.series === this.#uid ? {} : { ...session.from, [this.#uid]: session.takenAt };
+    return { ...session, from, earlier: [], ms: until - performance.now() };
   }
 
   /**
@@ -1379,12 +1391,17 @@ class Sessions {
   }
 
   /** Gives the sessions whose time is over. */
-  expire(ms: number): Session[] {
+  expire(ms: number, isUsed: (room: Room) => boolean): Session[] {
     const now = performance.now();
-    this.log.expire(now - ms);
+    this.log.expire(now - ms, (room) => isUsed(room) || this.pins.rooms.has(room));
     const over = [...this.#waiting.values()].flatMap(({ session, until }) => (until < now ? [session] : []));
     for (const { pid } of over) this.#waiting.delete(pid);
     return over;
+  }
+
+  /** Behind which position of each series a session's packets are, if its client has all of its owner's up to one. */
+  #from({ series, from, takenAt }: Session, since: number): Record<string, number> {
+    return { ...from, [this.#uid]: takenAt, [series]: since };
   }
 
   /** An offset of this server is its name and a position. */
@@ -1434,10 +1451,12 @@ interface RecoveryLinks {
   follow(rooms: readonly Room[]): Promise<void> | void;
   /** The sockets that are connected. */
   readonly sockets: ReadonlyMap<SocketId, Socket>;
+  /** Whether a socket of this server is in a room. */
+  hasRoom(room: Room): boolean;
   /** The destination of packets for one socket. */
   routeTo(sid: SocketId): Destination;
   /** What a user should know. */
-  tell(error: Error): void;
+  report(error: Error): void;
   /** A packet's data, with its offset. */
   data(parts: readonly Part[], offset: string): unknown[];
 }
@@ -1448,7 +1467,10 @@ type Question =
   | { type: "offer" };
 /** The first entry of an answer to `missed`; without it the server is not ready. */
 interface Heard {
+  /** Of each peer, the number of the last frame that is in the answer. */
   readonly heard: Record<string, number>;
+  /** Of each session that is handed over, the latest packet for it that is no longer there. */
+  readonly gone: Record<string, number>;
 }
 
 /** A session whose client is about to be connected. */
@@ -1493,13 +1515,16 @@ class Handover {
     const peers = this.#links.peers();
     let isMoving = this.#moving.has(pid);
     this.#fetching++;
-    for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
-      if (this.isClosing || this.#sessions.get(pid)) break;
-      const claim = await this.#claim(asked, { type: "claim", pid, offset }, until);
-      isMoving ||= claim.isMoving;
-      await this.#takeOver(claim.from, claim.sessions, until, offset);
+    try {
+      for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
+        if (this.isClosing || this.#sessions.get(pid)) break;
+        const claim = await this.#claim(asked, { type: "claim", pid, offset }, until);
+        isMoving ||= claim.isMoving;
+        await this.#takeOver(claim.from, claim.sessions, until, offset);
+      }
+    } finally {
+      this.#fetching--;
     }
-    this.#fetching--;
     return isMoving;
   }
 
@@ -1508,7 +1533,7 @@ class Handover {
     if (pid !== undefined && this.#moving.has(pid)) return [{ isMoving: true }];
     return found.flatMap((session) => {
       if (lengthOf(session.data) === Infinity) {
-        this.#links.tell(
+        this.#links.report(
           new TypeError(`The data of socket ${session.sid} cannot be sent to the server it came back to`),
         );
         return [];
@@ -1525,14 +1550,21 @@ class Handover {
   onMissed(pids: readonly string[], offset: string | undefined): (Heard | Delivered)[] {
     const heard = this.#links.heard();
     if (!heard) return [];
-    const sessions = pids.flatMap((pid) => this.#claimed.get(pid)?.session ?? []);
+    const claimed = pids.flatMap((pid) => this.#claimed.get(pid)?.session ?? []);
     for (const pid of pids) this.#claimed.delete(pid);
-    const missed =
-      offset === undefined
-        ? this.#sessions.needed(sessions)
-        : sessions.flatMap((session) => this.#sessions.missed(session, offset) ?? []);
-    this.unpin(sessions);
-    return [{ heard }, ...missed];
+    const gone: Record<string, number> = {};
+    const missed: Delivered[] = [];
+    const whole = claimed.filter((session) => {
+      const packets = offset === undefined ? [] : this.#sessions.missed(session, offset);
+      const latest = packets && this.#sessions.goneOf(session);
+      if (latest === undefined) return false; // the log has let a part of it go
+      missed.push(...(packets ?? []));
+      gone[session.pid] = latest;
+      return true;
+    });
+    if (offset === undefined) missed.push(...this.#sessions.needed(whole));
+    this.unpin(claimed);
+    return [{ heard, gone }, ...missed];
   }
 
   /** A peer closes: its sessions wait here from now on. */
@@ -1571,7 +1603,7 @@ class Handover {
   /** The rooms of sessions need not stay bound for them any more. */
   unpin(sessions: readonly Session[]): void {
     const rooms = sessions.flatMap((session) => session.rooms);
-    this.#sessions.unpin(rooms);
+    this.#sessions.pins.remove(rooms);
     void this.#links.follow(rooms);
   }
 
@@ -1600,20 +1632,26 @@ class Handover {
     const pids = sessions.map(({ pid }) => pid);
     const question: Question = { type: "missed", pids, ...(offset !== undefined && { offset }) };
     const begin = log.position;
-    this.#sessions.pin(rooms);
+    this.#sessions.pins.add(rooms);
     await within(until - performance.now(), Promise.resolve(follow(rooms)));
     for (let isTaken = false; !isTaken && performance.now() < until && peers().includes(from);) {
       const items: unknown[] = [];
       const asked = log.position;
       const take = (list: unknown[], _: string, isLast: boolean) => {
         items.push(...list);
-        const numbers = items.find(isHeard)?.heard;
-        if (!isLast || !numbers) return;
+        const answer = items.find(isHeard);
+        if (!isLast || !answer) return;
+        const taken = sessions.flatMap((session) => {
+          const gone = answer.gone[session.pid];
+          return gone === undefined ? [] : [{ ...session, gone }];
+        });
         const meanwhile = log.after(begin, new Set(rooms)).filter(({ position, sender, number }) => {
           if (sender === from) return false;
-          return sender === uid ? position > asked : number > (numbers[sender] ?? 0);
+          // Own ones and those of other AMQP clients have no number.
+          if (sender === uid || sender === FOREIGN.sender) return position > asked;
+          return number > (answer.heard[sender] ?? 0);
         });
-        this.#sessions.take(`${from}/${begin}/${pids[0]}`, sessions, items.filter(isDelivered), meanwhile);
+        this.#sessions.take(`${from}/${begin}/${pids[0]}`, taken, items.filter(isDelivered), meanwhile);
         isTaken = true;
       };
       if (heard()) await ask([from], until - performance.now(), question, take);
@@ -1642,7 +1680,7 @@ class Recovery {
     this.sessions = new Sessions(links.uid, maxBytes);
     this.handover = new Handover(links, this.sessions, timeoutMs);
     this.#sweep = setInterval(() => {
-      this.handover.unpin(this.sessions.expire(maxMs + NOTICE));
+      this.handover.unpin(this.sessions.expire(maxMs + NOTICE, links.hasRoom));
       this.handover.expire();
     }, 1_000);
     this.#sweep.unref();
@@ -1659,12 +1697,14 @@ class Recovery {
     do {
       await this.#closeOld(pid, offset);
       isMoving = !this.#find(pid, offset) && (await this.handover.fetch(pid, offset, until));
+      // Its socket may be on the way to being connected, and have lost its connection again.
+      isMoving ||= this.#arrivals.values().some(({ session }) => session.pid === pid);
       const session = this.#find(pid, offset);
       if (session && !this.handover.isClosing) return this.#arrive(session, offset);
       if (isMoving) await Bun.sleep(CLAIM_AGAIN);
     } while (isMoving && performance.now() < until);
     // A server that closes keeps the client waiting: when its connection ends, it finds its session on another one.
-    if (this.handover.isClosing) await Bun.sleep(this.#timeoutMs);
+    if (this.handover.isClosing) return new Promise(() => {});
     throw new Error("No such session waits here or elsewhere");
   }
 
@@ -1772,7 +1812,7 @@ const isDelivered = (item: unknown): item is Delivered =>
   isRooms(item["rooms"]) &&
   isRooms(item["except"]) &&
   isParts(item["parts"]);
-const isHeard = (item: unknown): item is Heard => isRecord(item) && isRecord(item["heard"]);
+const isHeard = (item: unknown): item is Heard => isRecord(item) && isRecord(item["heard"]) && isRecord(item["gone"]);
 
 // ── The emitter ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -1995,7 +2035,7 @@ interface Peer {
   namespaces?: Set<string> | undefined;
   /** Since when its queue is gone (ms, monotonic); undefined while it is there, as far as is known. */
   goneAt?: number | undefined;
-  /** How often that had changed, by its last hello. */
+  /** How often `namespaces` had changed, by its last hello. */
   revision: number;
   /** How many rooms it has bound, by its last heartbeat. */
   rooms: number;
@@ -2055,7 +2095,8 @@ class Membership {
   /** The number of the last frame that came of each peer; undefined while some may be missing. */
   heard(): Record<string, number> | undefined {
     const peers = [...this.peers.values()];
-    if (peers.some(({ stream }) => stream.catchUp)) return undefined;
+    // Nobody waits for one whose queue is gone.
+    if (peers.some(({ stream, goneAt }) => stream.catchUp && goneAt === undefined)) return undefined;
     return Object.fromEntries(peers.map(({ uid, stream }) => [uid, stream.highest]));
   }
 
@@ -2162,11 +2203,16 @@ class Membership {
       peer.askAt = now + ASK_AGAIN;
       void this.#context.tell(serverKey(uid), { type: "ask", id: stream.catchUp.id, after: stream.cursor });
     }
-    if (missed.length === 0) this.close();
+    if (missed.length === 0) this.#stopAsking();
     else this.#asking ??= setInterval(() => this.ask(), ASK_AGAIN);
   }
 
   close(): void {
+    this.#stopAsking();
+    this.peers.clear(); // nobody is asked any more
+  }
+
+  #stopAsking(): void {
     clearInterval(this.#asking);
     this.#asking = undefined;
   }
@@ -2488,6 +2534,7 @@ class Sender {
         );
       } catch (error) {
         lose(asError(error)); // the channel has just closed
+        confirmed("lost");
       }
     });
   }
@@ -2580,7 +2627,11 @@ class Receiver {
 
   async close(patienceMs: number): Promise<void> {
     clearTimeout(this.#renewal);
-    await within(patienceMs, this.#topology?.close() ?? Promise.resolve());
+    const unbound = this.#topology?.close() ?? Promise.resolve();
+    await within(
+      patienceMs,
+      unbound.catch((error) => debug("close: %s", asError(error).message)), // the connection is lost
+    );
     await this.connection.close();
   }
 
@@ -2995,7 +3046,7 @@ class PeerStream<Frame extends Numbered> {
     return this.#window.highest;
   }
 
-  /** A frame as it was published. `missing` are numbers before it that should have come to this queue. */
+  /** A frame as it was published; `predecessors` are unconfirmed numbers before it that should have come to this queue. */
   receive(frame: Frame, predecessors: Iterable<number> = []): void {
     const { number } = frame;
     if (number === 0) {
@@ -3580,11 +3631,12 @@ class Publisher {
     const { packets, keys } = this.batcher.take() ?? { packets: [], keys: [] };
     const to = packets[0]?.to;
     if (!to) return;
-    const number = to.volatile ? 0 : ++this.number;
+    const number = to.volatile ? 0 : this.number + 1;
     const predecessors = to.volatile ? [] : predecessorsIn(this.#flights, number);
     const allocate = (size: number) =>
       to.volatile ? Buffer.allocUnsafe(size) : this.log.append(size, this.#now(), this.floor);
     const body = writeFrame(allocate, this.#uid, number, this.floor, packets, predecessors);
+    if (number > 0) this.number = number;
     const flight: Flight = {
       number,
       keys,
@@ -3675,7 +3727,7 @@ class Routes {
     if (ready && (this.#fromAfar.size === 0 || !this.#isFromAfar(room))) return ready;
     if (typeof room !== "string") return this.#withOptions({ rooms });
     const destination = { ...this.#everyone, kind: SectionKind.Room, head: room, keys: this.#keys(rooms) };
-    if (this.#fromAfar.size > 0) return destination;
+    if (this.#isFromAfar(room)) return destination;
     if (this.#ready.size >= MAX_ROUTES) this.#ready.clear();
     this.#ready.set(room, destination);
     return destination;
@@ -3696,8 +3748,14 @@ class Routes {
   /** Other servers' sockets are made to join these rooms. */
   joinFromAfar(rooms: Room[]): void {
     const now = performance.now();
-    for (const [room, until] of this.#fromAfar) if (until < now) this.#fromAfar.delete(room);
-    for (const room of rooms) this.#fromAfar.set(room, now + JOINED_FROM_AFAR);
+    for (const [room, until] of this.#fromAfar) {
+      if (until > now) break; // the oldest stand first
+      this.#fromAfar.delete(room);
+    }
+    for (const room of rooms) {
+      this.#fromAfar.delete(room);
+      this.#fromAfar.set(room, now + JOINED_FROM_AFAR);
+    }
   }
 
   #isFromAfar(room: Room | undefined): boolean {
@@ -3709,7 +3767,7 @@ class Routes {
   }
 
   #withOptions({ rooms, except, flags }: BroadcastOptions): Destination {
-    const head = JSON.stringify([[...rooms], [...(except ?? [])], sentFlags(flags)]);
+    const head = JSON.stringify([sentRooms(rooms), sentRooms(except ?? []), sentFlags(flags)]);
     const volatile = Boolean(flags?.volatile);
     return { ...this.#everyone, kind: SectionKind.Options, head, keys: this.#keys(rooms), volatile };
   }
@@ -3861,6 +3919,11 @@ class Bindings {
       this.#waiting.get(key)?.resolve();
       this.#waiting.delete(key);
     }
+  }
+
+  /** Whether keys are bound through exchanges of their own, or just being. */
+  get usesExchanges(): boolean {
+    return this.viaExchange().length > 0 || this.#busy.values().some(({ from, to }) => (from ?? to) === "exchange");
   }
 
   /** Bound keys that lead through an exchange of their own. */
@@ -4032,6 +4095,7 @@ class Topology {
    */
   async close(): Promise<void> {
     this.bindings.end();
+    if (!this.bindings.usesExchanges) return;
     while (this.#idle.length < LANES && !this.#ended) await Bun.sleep(5); // what is just being done
     const keys = this.bindings.viaExchange().values(); // each lane takes the next one
     await Promise.all(
@@ -4348,8 +4412,8 @@ function explain(error: BrokerError, link: string, prefix: string): Error {
   return new Error(`The ${link} connection was lost: ${message}${advice}`, { cause: error });
 }
 
-/** The same for each attempt: without the name of the queue, which changes. */
-const kindOf = (error: Error): string => error.message.replace(/'[^']*'/g, "");
+/** The same for each attempt: without the names of queues and the numbers, which change. */
+const kindOf = (error: Error): string => error.message.replace(/'[^']*'|\d+/g, "");
 
 /** A channel that goes down with its connection, and takes it down. */
 function watched<C extends Channel>(channel: C, lose: Lose): C {
@@ -4470,7 +4534,7 @@ function writeFrame(
   }
   text = heads + text;
   const counts = [nsp.length, sections.length / 2, predecessors.length / 2];
-  const words = Uint32Array.of(...counts, ...sections, ...predecessors, ...lengths);
+  const words = new Uint32Array(counts.concat(sections, predecessors, lengths));
   const binaryBytes = binaries.reduce((sum, { length }) => sum + length, 0);
   const frame = allocate(HEADER + words.byteLength + Buffer.byteLength(text) + binaryBytes);
   writeHeader(frame, FrameKind.Packets, sender, number, floor);
@@ -4714,7 +4778,8 @@ const MESSAGES: Checks<Message> = {
   claim: ({ id, pid, offset }) => [id, pid ?? "", offset ?? ""].every(isString),
   missed: ({ id, pids, offset }) => Array.isArray(pids) && [id, offset ?? "", ...pids].every(isString),
   offer: ({ id }) => isString(id),
-  broadcast: ({ id, opts, timeout, packet }) => isString(id) && isOptions(opts) && isNumber(timeout) && isParts(packet),
+  broadcast: ({ id, opts, timeout, packet }) =>
+    isString(id) && isOptions(opts) && Number(timeout) >= 0 && isParts(packet),
   items: ({ id, items }) => isString(id) && Array.isArray(items),
   answer: ({ id }) => isString(id),
   ack: ({ id, packet }) => isString(id) && (packet === undefined || isParts(packet)),
@@ -4805,8 +4870,12 @@ const asParts = (parts: readonly unknown[]): readonly Part[] =>
   parts.every((part) => typeof part === "string") ? parts : parts.map(partOf);
 
 function toWire({ rooms, except, flags }: BroadcastOptions): WireOptions {
-  return { rooms: [...rooms], except: [...(except ?? [])], flags: sentFlags(flags) };
+  return { rooms: sentRooms(rooms), except: sentRooms(except ?? []), flags: sentFlags(flags) };
 }
+
+/** Users pass rooms that are neither strings nor numbers as well; nobody is in them. */
+const sentRooms = (rooms: Iterable<Room | null>): Room[] =>
+  Array.from(rooms, (room) => (isRoom(room) ? room : null) as Room);
 
 function fromWire({ rooms, except, flags }: WireOptions): BroadcastOptions {
   return { rooms: new Set(rooms), except: new Set(except), flags };
