@@ -1126,7 +1126,9 @@ describe("on the broker", () => {
   });
 
   test("stats print as a short block, and are a plain object to code", async () => {
-    const { stats } = (await crew()).a.adapter;
+    const { adapter } = (await crew()).a;
+    await eventually(() => expect(adapter.stats.rooms).toBe(1)); // live before it is bound
+    const { stats } = adapter;
     for (const printed of [Bun.inspect(stats), inspect(stats)]) {
       expect(printed.split("\n").length).toBeLessThanOrEqual(6);
       expect(printed).toMatch(/connected; 1 rooms; [^]* lost 0, dropped 0\n  last error: none$/);
