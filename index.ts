@@ -215,7 +215,8 @@ export function createEmitter<Events extends EventMap<Events> = AnyEvents>(optio
   const settings = checked(options, EMITTER_OPTIONS);
   const node = new Node(settings, settings.onError);
   node.start();
-  return new Emitter<Events>(node, settings);
+  const { closeTimeout = EMITTER_CLOSE_TIMEOUT, parser } = settings;
+  return new Emitter<Events>(node, { closeTimeout, encoder: parser && new parser.Encoder() });
 }
 
 type Settings = Required<Omit<AdapterOptions, "journal" | "roomExchanges">> & {
@@ -326,6 +327,10 @@ interface Namespace {
     readonly _parser: { Decoder: new (options?: object) => Decoder };
   };
   _onServerSideEmit(args: unknown[]): void;
+}
+interface Listening {
+  on?(event: "connect", listener: (socket: Socket) => void): unknown;
+  off?(event: "connect", listener: (socket: Socket) => void): unknown;
 }
 /** What Socket.IO takes as its `parser` option, as far as it is used here. */
 export interface Parser {
@@ -670,6 +675,7 @@ class RecoveringAdapter extends BoundAdapter {
   /** Whether an offset can be pasted into the text of an encoded packet: not with another parser than the default one. */
   readonly #pastes: boolean;
   readonly #routes: Routes;
+  readonly #onConnect = (socket: Socket): void => this.#recovery?.connected(socket);
 
   constructor(nsp: Namespace, node: Node) {
     super(nsp, node);
@@ -701,8 +707,8 @@ class RecoveringAdapter extends BoundAdapter {
     };
     const { maxDisconnectionDuration } = opts.connectionStateRecovery;
     this.#recovery = new Recovery(links, recoveryBytes, maxDisconnectionDuration, requestsTimeout);
-    const emitter = nsp as Namespace & { on?(event: "connect", listener: (socket: Socket) => void): unknown };
-    emitter.on?.("connect", (socket) => this.#recovery?.connected(socket));
+    const emitter: Namespace & Listening = nsp;
+    emitter.on?.("connect", this.#onConnect);
   }
 
   override persistSession(session: SocketSession): void {
@@ -728,8 +734,15 @@ class RecoveringAdapter extends BoundAdapter {
     return this.#recovery?.sessions.pins.rooms ?? NO_ROOMS;
   }
 
-  protected handSessionsOver(): Promise<void> {
-    return this.#recovery?.close() ?? Promise.resolve();
+  /** Never rejects: the adapter closes, whatever becomes of its sessions. */
+  protected async handSessionsOver(): Promise<void> {
+    try {
+      await this.#recovery?.close();
+    } catch (error) {
+      this.reportError(asError(error));
+    }
+    const emitter: Namespace & Listening = this.nsp;
+    emitter.off?.("connect", this.#onConnect);
   }
 
   protected async answerRecovery(
@@ -1085,6 +1098,7 @@ interface Alias {
 
 /** The position of what has none in a series: behind all others. */
 const LAST = Number.MAX_SAFE_INTEGER;
+
 /** What a server has delivered in a namespace, as frames: those of peers as they came, with their position for a floor. */
 class DeliveryLog {
   /** How many packets there were. */
@@ -1696,11 +1710,12 @@ class Recovery {
     let isMoving: boolean;
     do {
       await this.#closeOld(pid, offset);
-      isMoving = !this.#find(pid, offset) && (await this.handover.fetch(pid, offset, until));
+      let found = this.#find(pid, offset);
+      isMoving = !found && (await this.handover.fetch(pid, offset, until));
       // Its socket may be on the way to being connected, and have lost its connection again.
       isMoving ||= this.#arrivals.values().some(({ session }) => session.pid === pid);
-      const session = this.#find(pid, offset);
-      if (session && !this.handover.isClosing) return this.#arrive(session, offset);
+      found ??= this.#find(pid, offset);
+      if (found && !this.handover.isClosing) return this.#arrive(found.session, found.missed, offset);
       if (isMoving) await Bun.sleep(CLAIM_AGAIN);
     } while (isMoving && performance.now() < until);
     // A server that closes keeps the client waiting: when its connection ends, it finds its session on another one.
@@ -1712,8 +1727,8 @@ class Recovery {
   async onClaim(pid: string | undefined, offset = ""): Promise<unknown[]> {
     if (pid === undefined) return this.handover.onClaim(pid, this.sessions.all);
     await this.#closeOld(pid, offset);
-    const session = this.#find(pid, offset);
-    return this.handover.onClaim(pid, session ? [session] : []);
+    const found = this.#find(pid, offset);
+    return this.handover.onClaim(pid, found ? [found.session] : []);
   }
 
   /** A socket that is made joins its rooms: what has come since its session was found goes with what was missed before. */
@@ -1747,8 +1762,11 @@ class Recovery {
   }
 
   async close(): Promise<void> {
-    await this.handover.close();
-    clearInterval(this.#sweep);
+    try {
+      await this.handover.close();
+    } finally {
+      clearInterval(this.#sweep);
+    }
   }
 
   /**
@@ -1763,14 +1781,19 @@ class Recovery {
     socket.client.conn.close();
   }
 
-  #find(pid: string, offset: string): Session | undefined {
+  /** A session that waits here, and what its client has missed. */
+  #find(pid: string, offset: string): { session: Session; missed: Delivered[] } | undefined {
     const session = this.sessions.get(pid);
-    return session && this.sessions.missed(session, offset) && session;
+    const missed = session && this.sessions.missed(session, offset);
+    return missed && { session, missed };
   }
 
-  #arrive(session: Session, offset: string): SocketSession & { missedPackets: unknown[][] } {
+  #arrive(
+    session: Session,
+    missed: readonly Delivered[],
+    offset: string,
+  ): SocketSession & { missedPackets: unknown[][] } {
     const { sid, pid, rooms, data } = session;
-    const missed = this.sessions.missed(session, offset) ?? [];
     const renewed = this.sessions.renew(session, offset, missed, this.#links.routeTo(sid));
     const missedPackets = missed.map(({ parts }, i) => this.#links.data(parts, renewed.offsets[i] ?? ""));
     // What comes until the socket is there is added: Socket.IO reads the array then.
@@ -1820,7 +1843,10 @@ const isHeard = (item: unknown): item is Heard => isRecord(item) && isRecord(ite
 export type EventMap<T> = { [K in keyof T]: (...args: never[]) => void };
 type AnyEvents = Record<string, (...args: unknown[]) => void>;
 type Rooms = Room | Room[];
-type EmitterSettings = Pick<EmitterOptions, "parser" | "closeTimeout">;
+type EmitterSettings = Required<Pick<EmitterOptions, "closeTimeout">> & {
+  /** Of the servers' parser, if it is not the default one. */
+  readonly encoder?: InstanceType<Parser["Encoder"]> | undefined;
+};
 const EMITTER_CLOSE_TIMEOUT = 30_000;
 
 /** Made by `createEmitter()`. `of()`, `to()`, `except()` and the flags return a new one; all share the connections. */
@@ -1885,10 +1911,9 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
    */
   emit<Name extends keyof Events & string>(name: Name, ...args: Parameters<Events[Name]>): true {
     if (RESERVED_EVENTS.has(name)) throw new Error(`"${name}" is a reserved event name`);
-    const { parser } = this.#settings;
+    const { encoder } = this.#settings;
     const data = [name, ...args];
-    if (!parser) return this.#send({ type: "packet", opts: toWire(this.#opts), data });
-    const encoder = new parser.Encoder();
+    if (!encoder) return this.#send({ type: "packet", opts: toWire(this.#opts), data });
     return this.#add(this.#routes.packets(this.#opts), encoder.encode({ type: EVENT, nsp: this.#routes.nsp, data }));
   }
 
@@ -1918,7 +1943,7 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
    * `closeTimeout`. Closes the connections, which all emitters derived from the same one share.
    */
   async close(): Promise<void> {
-    await this.#node.close(this.#settings.closeTimeout ?? EMITTER_CLOSE_TIMEOUT);
+    await this.#node.close(this.#settings.closeTimeout);
   }
 
   #with(opts: Partial<Required<BroadcastOptions>>): Emitter<Events> {
