@@ -2993,7 +2993,7 @@ class Node implements Context {
 // ── Receiving: one state per peer, of what has come, what is missing and what waits for it ───────────────────────────
 
 /** How many of the latest numbers are remembered: more frames than `IN_FLIGHT` bytes hold that a peer publishes again. */
-const REMEMBERED = 4_096;
+const REMEMBERED = 16_384;
 
 /** Which numbers have come: the anti-replay window of RFC 6479. */
 class ReceiveWindow {
@@ -3219,7 +3219,7 @@ interface Waiting {
 }
 
 /** A frame takes packets up to about this many bytes. */
-const FRAME_SIZE = 32 * 1024;
+const FRAME_SIZE = 64 * 1024;
 /** What a packet that waits costs beyond its content, about (bytes). */
 const WAITING_OVERHEAD = 160;
 /** Up to so many other servers, a frame for at least as many rooms goes to everyone; measured against 64 keys. */
@@ -3360,7 +3360,7 @@ const isPacket = ({ kind }: Destination): boolean => kind < SectionKind.Messages
 const isDirect = ({ kind }: Destination): boolean => kind === SectionKind.Direct;
 
 /** The log's memory comes in blocks of this many bytes, or less where `journal.bytes` is small; a larger frame has its own. */
-const BLOCK = 256 * 1024;
+const BLOCK = 512 * 1024;
 
 /** Consecutive frames, one behind the other. */
 interface Block {
@@ -3506,7 +3506,7 @@ const SPACING = 1;
 const WINDOW = 8;
 const STALLED_SPACING = 10;
 /** How many bytes may be unconfirmed before the next frame waits. */
-const IN_FLIGHT = 256 * 1024;
+const IN_FLIGHT = 512 * 1024;
 /** How many predecessors a frame names at most, and how many digests of them. */
 const MAX_PREDECESSORS = 8;
 const MAX_DIGESTS = 64;
