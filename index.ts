@@ -397,6 +397,18 @@ const RESERVED_EVENTS = new Set([
 const apply: (this: Adapter, opts: BroadcastOptions, callback: (socket: Socket) => void) => void =
   Adapter.prototype["apply"];
 
+/** Encoded packets for sockets: those of a room, or of options. */
+interface Delivery {
+  readonly sockets: Socket[];
+  readonly target: string | BroadcastOptions;
+  readonly origin: Origin | Frame;
+  /** How many packets stand before them in the frame that brought them. */
+  readonly first?: number;
+  packets(): unknown[][];
+  /** The packet, where it was not encoded elsewhere. */
+  readonly decoded?: Packet;
+}
+
 /** The local side of a namespace: its sockets, and what is written to them. */
 class LocalAdapter extends Adapter {
   declare readonly nsp: Namespace;
@@ -414,31 +426,30 @@ class LocalAdapter extends Adapter {
   }
 
   /** @internal Packets of a peer, handed to the local sockets as they are. */
-  onPackets({ kind, head, first }: Section, packets: () => Part[][], frame: Frame): void {
-    if (kind === SectionKind.Room) return this.deliver(this.#inRoom(head), head, packets, frame, first);
-    const opts = kind === SectionKind.Options ? packetsHead(head) : EVERYONE;
-    this.deliver(this.localSockets(opts), opts, packets, frame, first);
-  }
-
-  /** Encoded packets for these sockets, which are those of a room or of options; `first` is their place in a frame. */
-  protected deliver(
-    sockets: Socket[],
-    target: string | BroadcastOptions,
-    packets: () => unknown[][],
-    _origin: Origin | Frame,
-    _first = 0,
-    decoded?: Packet,
-  ): void {
-    if (sockets.length === 0) return;
-    this.writeTo(sockets, packets(), typeof target === "string" ? undefined : target.flags, decoded);
+  onPackets({ kind, head, first }: Section, packets: () => Part[][], origin: Frame): void {
+    const target = kind === SectionKind.Room ? head : kind === SectionKind.Options ? packetsHead(head) : EVERYONE;
+    const sockets = typeof target === "string" ? this.#inRoom(target) : this.localSockets(target);
+    this.#deliver({ sockets, target, origin, first, packets });
   }
 
   /** Delivers a packet to the local sockets; returns it encoded. */
   protected broadcastLocally(packet: Packet, opts: BroadcastOptions, origin: Origin): unknown[] {
     packet.nsp = this.nsp.name;
     const parts = this.nsp.server.encoder.encode(packet);
-    this.deliver(this.localSockets(opts), opts, () => [parts], origin, 0, packet);
+    const packets = () => [parts];
+    this.#deliver({ sockets: this.localSockets(opts), target: opts, origin, packets, decoded: packet });
     return parts;
+  }
+
+  /** The packets of a delivery as they are written to its sockets. */
+  protected written({ sockets, packets }: Delivery): unknown[][] {
+    return sockets.length === 0 ? [] : packets();
+  }
+
+  #deliver(delivery: Delivery): void {
+    const { sockets, target, decoded } = delivery;
+    const packets = this.written(delivery);
+    if (sockets.length > 0) this.#write(sockets, packets, typeof target === "string" ? {} : target.flags, decoded);
   }
 
   /** What `apply` finds, with nothing made for a room that nobody is in: the most frequent case by far. */
@@ -460,8 +471,7 @@ class LocalAdapter extends Adapter {
     return sockets;
   }
 
-  protected writeTo(sockets: Socket[], packets: unknown[][], flags: BroadcastFlags = {}, decoded?: Packet): void {
-    if (sockets.length === 0) return;
+  #write(sockets: Socket[], packets: unknown[][], flags: BroadcastFlags = {}, decoded?: Packet): void {
     const options = { preEncoded: true, volatile: flags.volatile, compress: flags.compress };
     for (const parts of packets) {
       let packet = decoded;
@@ -590,16 +600,14 @@ class BoundAdapter extends LocalAdapter {
   readonly "socket.io-amqp0": true = true;
   /** @internal The routing key of what is for everyone in this namespace. */
   readonly key: string;
-  /** Whether a room has a routing key of its own. */
-  readonly #travels: (room: Room) => boolean;
-  readonly #receiver: Receiver;
+  protected readonly node: Node;
+  protected readonly routes: Routes;
 
-  constructor(nsp: Namespace, { settings, receiver, reports }: Node) {
-    super(nsp, reports.report, settings.maxPayload);
+  constructor(nsp: Namespace, node: Node) {
+    super(nsp, node.reports.report, node.settings.maxPayload);
     this.key = namespaceKey(nsp.name);
-    this.#receiver = receiver;
-    const bound = settings.socketRooms === "bound";
-    this.#travels = (room) => bound || !isSocketId(room);
+    this.node = node;
+    this.routes = node.routes(nsp.name);
   }
 
   /** Rooms that stay bound though no socket is in them. */
@@ -612,7 +620,7 @@ class BoundAdapter extends LocalAdapter {
     const rooms = this.pinned.size === 0 ? this.rooms : new Set(this.rooms.keys()).union(this.pinned);
     return rooms
       .keys()
-      .filter(this.#travels)
+      .filter((room) => this.routes.hasKey(room))
       .map((room) => roomKey(this.nsp.name, room));
   }
 
@@ -646,7 +654,7 @@ class BoundAdapter extends LocalAdapter {
   protected follow(rooms: Iterable<Room>): Promise<void> | void {
     let pending: Promise<void>[] | undefined;
     for (const room of rooms) {
-      const done = this.#travels(room) ? this.#receiver.follow(roomKey(this.nsp.name, room)) : undefined;
+      const done = this.routes.hasKey(room) ? this.node.receiver.follow(roomKey(this.nsp.name, room)) : undefined;
       if (done) (pending ??= []).push(done);
     }
     if (pending) return Promise.all(pending).then(() => {});
@@ -662,7 +670,7 @@ class BoundAdapter extends LocalAdapter {
     const { run } = nsp;
     if (!run) return;
     nsp.run = (socket, next) => {
-      const live = nsp.adapter === this ? this.#receiver.follow(this.key) : undefined;
+      const live = nsp.adapter === this ? this.node.receiver.follow(this.key) : undefined;
       if (!live) return run.call(nsp, socket, next);
       void within(HOLD_CLIENTS, live).then(() => run.call(nsp, socket, next));
     };
@@ -674,12 +682,10 @@ class RecoveringAdapter extends BoundAdapter {
   readonly #recovery: Recovery | undefined;
   /** Whether an offset can be pasted into the text of an encoded packet: not with another parser than the default one. */
   readonly #pastes: boolean;
-  readonly #routes: Routes;
   readonly #onConnect = (socket: Socket): void => this.#recovery?.connected(socket);
 
   constructor(nsp: Namespace, node: Node) {
     super(nsp, node);
-    this.#routes = node.routes(nsp.name);
     this.#pastes = nsp.server.encoder.encode({ type: EVENT, nsp: "/", data: ["name"] }).join() === '2["name"]';
     const { recoveryBytes, requestsTimeout } = node.settings;
     const { opts } = nsp.server as { opts?: { connectionStateRecovery?: { maxDisconnectionDuration: number } } };
@@ -764,33 +770,24 @@ class RecoveringAdapter extends BoundAdapter {
   }
 
   /** Packets get an offset each, by which the client says how far it has come. */
-  protected override deliver(
-    sockets: Socket[],
-    target: string | BroadcastOptions,
-    packets: () => unknown[][],
-    origin: Origin | Frame,
-    first = 0,
-    decoded?: Packet,
-  ): void {
+  protected override written(delivery: Delivery): unknown[][] {
+    const { sockets, target, origin, first = 0, packets, decoded } = delivery;
     const sessions = this.#recovery?.sessions;
-    if (!sessions || decoded?.id !== undefined) return super.deliver(sockets, target, packets, origin, first, decoded);
-    if (sockets.length === 0 && !sessions.awaits(target)) return;
+    if (!sessions || decoded?.id !== undefined) return super.written(delivery);
+    if (sockets.length === 0 && !sessions.awaits(target)) return [];
     const { log } = sessions;
     const frame = "body" in origin ? origin : undefined;
-    const flags = typeof target === "string" ? undefined : target.flags;
-    const isKept = frame ? frame.number > 0 : !flags?.volatile;
+    const isKept = frame ? frame.number > 0 : typeof target === "string" || !target.flags?.volatile;
     let position = isKept && frame ? log.note(frame) + first : log.position;
-    const stamped: unknown[][] = [];
-    for (const encoded of packets()) {
+    return packets().map((encoded) => {
       const parts = asParts(encoded);
       if (isKept) position = frame ? position + 1 : log.add(this.#routeTo(target), parts, origin);
-      stamped.push(this.#stamp(parts, sessions.wrote(sockets, position)));
-    }
-    this.writeTo(sockets, stamped, flags, decoded);
+      return this.#stamp(parts, sessions.wrote(sockets, position));
+    });
   }
 
   #routeTo(target: string | BroadcastOptions): Destination {
-    return this.#routes.packets(typeof target === "string" ? { rooms: new Set([target]) } : target);
+    return this.routes.packets(typeof target === "string" ? { rooms: new Set([target]) } : target);
   }
 
   #stamp(parts: readonly Part[], offset: string): unknown[] {
@@ -810,9 +807,6 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   readonly ready: Promise<void>;
   /** @internal */
   readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
-  readonly #node: Node;
-  readonly #settings: Settings;
-  readonly #routes: Routes;
   #closing: Promise<void> | undefined;
   #started = false;
   /** The adapter that this one takes the place of: Socket.IO does not close it. */
@@ -821,16 +815,13 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   /** Made by what `createAdapter()` returns. */
   constructor(nsp: Namespace, node: Node) {
     super(nsp, node);
-    this.#node = node;
-    this.#settings = node.settings;
-    this.#routes = node.routes(nsp.name);
     this.ready = this.opened.promise;
     this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
     this.#replaced = isOurs(nsp.adapter) ? nsp.adapter : undefined;
   }
 
   get stats(): AdapterStats {
-    const stats = { ...this.#node.stats, rooms: this.#node.receiver.countBound(this.keys()) };
+    const stats = { ...this.node.stats, rooms: this.node.receiver.countBound(this.keys()) };
     return Object.defineProperty(stats, Symbol.for("nodejs.util.inspect.custom"), {
       value: () => describeStats(stats),
     });
@@ -838,14 +829,14 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
 
   /** This server's name in the cluster. */
   get uid(): string {
-    return this.#node.uid;
+    return this.node.uid;
   }
 
   /** Resolves once the adapter is ready. Socket.IO calls it; calling it again does no harm. */
   override init(): Promise<void> {
     if (this.#started) return this.ready;
     this.#started = true;
-    this.#node.join(this);
+    this.node.join(this);
     void this.#replaced?.close();
     this.#replaced = undefined;
     this.holdClients();
@@ -853,7 +844,7 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   }
 
   override close(): Promise<void> {
-    return (this.#closing ??= this.handSessionsOver().then(() => this.#node.leave(this)));
+    return (this.#closing ??= this.handSessionsOver().then(() => this.node.leave(this)));
   }
 
   override serverCount(): Promise<number> {
@@ -862,20 +853,20 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
 
   /** @internal */
   get shared(): Shared {
-    const { socketRooms, maxPayload, journal } = this.#settings;
+    const { socketRooms, maxPayload, journal } = this.node.settings;
     return { socketRooms, maxPayload, "journal.ms": journal.ms, parser: parserName(this.nsp.server.encoder) };
   }
 
   /** The other servers that have this namespace open. */
   get #peers(): string[] {
-    return this.#node.membership.serversOf(this.nsp.name);
+    return this.node.membership.serversOf(this.nsp.name);
   }
 
   override broadcast(packet: Packet, opts: BroadcastOptions): void {
     const parts = this.broadcastLocally(packet, opts, { sender: this.uid, number: 0 });
     // With an id it is of a socket whose client answers.
     if (packet.id === undefined && !opts.flags?.local && !this.#closing)
-      this.#node.sender.add(this.#routes.packets(opts), parts);
+      this.node.sender.add(this.routes.packets(opts), parts);
   }
 
   override broadcastWithAck(
@@ -885,17 +876,16 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
     ack: (...args: unknown[]) => void,
   ): void {
     const peers = this.#peers;
-    if (opts.flags?.local || this.#closing) {
+    const isLocal = opts.flags?.local || this.#closing;
+    const parts = isLocal ? undefined : this.tryEncode({ type: EVENT, nsp: this.nsp.name, data: packet.data });
+    if (!parts)
       for (const _ of peers) clientCountCallback(0); // the caller waits for one count per server
-    } else {
+    else {
       // A peer is counted when the last of its clients has answered or when it is gone, so a dead one is not waited for.
       const clients = new Map(peers.map((uid) => [uid, { count: Infinity, acks: 0 }]));
-      const timeout = opts.flags?.timeout ?? this.#settings.requestsTimeout;
-      const parts = this.tryEncode({ type: EVENT, nsp: this.nsp.name, data: packet.data });
-      const send = (id: string) => {
-        if (parts) this.#send({ type: "broadcast", id, opts: toWire(opts), timeout, packet: parts });
-      };
-      void this.#node.requests.ask(parts ? peers : [], timeout, send, {
+      const timeout = opts.flags?.timeout ?? this.node.settings.requestsTimeout;
+      const send = (id: string) => this.#send({ type: "broadcast", id, opts: toWire(opts), timeout, packet: parts });
+      void this.node.requests.ask(peers, timeout, send, {
         take: (message, uid) => {
           const peer = clients.get(uid);
           if (!peer) return false;
@@ -910,7 +900,6 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
         // Deferred, because this runs a user callback that may throw.
         done: (uid) => queueMicrotask(() => clientCountCallback(clients.get(uid)?.acks ?? 0)),
       });
-      if (!parts) for (const _ of peers) clientCountCallback(0);
     }
     super.broadcastWithAck(packet, opts, clientCountCallback, ack);
   }
@@ -918,7 +907,7 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   override addSockets(opts: BroadcastOptions, rooms: Room[]): void {
     super.addSockets(opts, rooms);
     if (opts.flags?.local) return;
-    this.#routes.joinFromAfar(rooms);
+    this.routes.joinFromAfar(rooms);
     this.#send({ type: "join", opts: toWire(opts), rooms });
   }
 
@@ -936,8 +925,8 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
     const sockets: unknown[] = this.localSockets(opts);
     const peers = opts.flags?.local ? [] : this.#peers;
     const send = (id: string) => this.#send({ type: "fetch", id, opts: toWire(opts) });
-    const timeout = opts.flags?.timeout ?? this.#settings.requestsTimeout;
-    const unanswered = await this.#node.requests.ask(peers, timeout, send, {
+    const timeout = opts.flags?.timeout ?? this.node.settings.requestsTimeout;
+    const unanswered = await this.node.requests.ask(peers, timeout, send, {
       take: (message) => {
         if (message.type !== "items") return false;
         for (const socket of message.items) sockets.push(socket);
@@ -955,7 +944,7 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
     const peers = this.#peers;
     const answers: unknown[] = [];
     const send = (id: string) => this.#send({ type: "emit", id, args: args.slice(0, -1) });
-    const answered = this.#node.requests.ask(peers, this.#settings.requestsTimeout, send, {
+    const answered = this.node.requests.ask(peers, this.node.settings.requestsTimeout, send, {
       take: (message) => {
         if (message.type !== "answer") return false;
         answers.push(message.value);
@@ -970,12 +959,12 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   }
 
   #send(message: Message): void {
-    if (!this.#closing) this.#node.sender.add(this.#routes.message(message), encodeValue(message));
+    if (!this.#closing) this.node.sender.add(this.routes.message(message), encodeValue(message));
   }
 
   /** @internal A message of a peer, an emitter or a foreign client. */
   onMessage(message: Message, { sender: from, number }: Origin): void {
-    const answer = (value: Answer) => this.#node.sender.add(this.#routes.direct(from), this.encodeAnswer(value));
+    const answer = (value: Answer) => this.node.sender.add(this.routes.direct(from), this.encodeAnswer(value));
     switch (message.type) {
       case "packet": {
         const packet = { type: EVENT, nsp: this.nsp.name, data: eventOf(message.data) };
@@ -998,7 +987,7 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
       case "offer":
         return void this.answerRecovery(message, from, answer);
       default:
-        this.#node.requests.onAnswer(message, from);
+        this.node.requests.onAnswer(message, from);
     }
   }
 }
@@ -3638,16 +3627,21 @@ class Routes {
   readonly #fromAfar = new Map<Room, number>();
 
   readonly nsp: string;
-  /** Whether rooms named like a socket id have a key of their own. */
-  readonly bound: boolean;
+  readonly #socketRooms: boolean;
 
-  constructor(nsp: string, bound: boolean) {
+  /** `socketRooms`: whether rooms named like a socket id have a key of their own. */
+  constructor(nsp: string, socketRooms: boolean) {
     this.nsp = nsp;
-    this.bound = bound;
+    this.#socketRooms = socketRooms;
     this.#key = namespaceKey(nsp);
     const keys = [this.#key];
     this.#everyone = { nsp, kind: SectionKind.Everyone, head: "", keys, volatile: false };
     this.#messages = { nsp, kind: SectionKind.Messages, head: "", keys, volatile: false };
+  }
+
+  /** Whether a room has a routing key of its own; the packets for others go to everyone. */
+  hasKey(room: Room): boolean {
+    return this.#socketRooms || !isSocketId(room);
   }
 
   packets(opts: BroadcastOptions): Destination {
@@ -3708,7 +3702,7 @@ class Routes {
   #keys(rooms: Iterable<Room>): string[] {
     const keys = new Set<string>();
     for (const room of rooms) {
-      if ((!this.bound && isSocketId(room)) || this.#isFromAfar(room)) return [this.#key];
+      if (!this.hasKey(room) || this.#isFromAfar(room)) return [this.#key];
       keys.add(roomKey(this.nsp, room));
     }
     return keys.size === 0 ? [this.#key] : [...keys];
