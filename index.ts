@@ -328,7 +328,14 @@ interface Namespace {
   };
   _onServerSideEmit(args: unknown[]): void;
 }
-interface Listening {
+/** The same, with what Socket.IO's types hide or say in another way. */
+interface OpenNamespace extends Namespace {
+  readonly server: Namespace["server"] & {
+    readonly opts?: { readonly connectionStateRecovery?: { readonly maxDisconnectionDuration: number } };
+  };
+  readonly sockets?: ReadonlyMap<SocketId, Socket>;
+  /** Runs the middlewares. */
+  run?(socket: unknown, next: unknown): void;
   on?(event: "connect", listener: (socket: Socket) => void): unknown;
   off?(event: "connect", listener: (socket: Socket) => void): unknown;
 }
@@ -411,7 +418,7 @@ interface Delivery {
 
 /** The local side of a namespace: its sockets, and what is written to them. */
 class LocalAdapter extends Adapter {
-  declare readonly nsp: Namespace;
+  declare readonly nsp: OpenNamespace;
   /** The sockets that are connected. */
   protected readonly connected: ReadonlyMap<SocketId, Socket>;
   /** Reports what a user should know. */
@@ -420,7 +427,7 @@ class LocalAdapter extends Adapter {
 
   constructor(nsp: Namespace, report: (error: Error) => void, maxPayload: number) {
     super(nsp);
-    this.connected = (nsp as Namespace & { sockets?: ReadonlyMap<SocketId, Socket> }).sockets ?? new Map();
+    this.connected = this.nsp.sockets ?? new Map();
     this.reportError = report;
     this.#maxDetails = maxPayload / 4;
   }
@@ -666,7 +673,7 @@ class BoundAdapter extends LocalAdapter {
    * lost where a namespace is made from a pattern, so this one place wraps a method of Socket.IO's namespace.
    */
   protected holdClients(): void {
-    const nsp = this.nsp as Namespace & { run?: (socket: unknown, next: unknown) => void };
+    const { nsp } = this;
     const { run } = nsp;
     if (!run) return;
     nsp.run = (socket, next) => {
@@ -688,8 +695,8 @@ class RecoveringAdapter extends BoundAdapter {
     super(nsp, node);
     this.#pastes = nsp.server.encoder.encode({ type: EVENT, nsp: "/", data: ["name"] }).join() === '2["name"]';
     const { recoveryBytes, requestsTimeout } = node.settings;
-    const { opts } = nsp.server as { opts?: { connectionStateRecovery?: { maxDisconnectionDuration: number } } };
-    if (!opts?.connectionStateRecovery) return;
+    const { maxDisconnectionDuration } = this.nsp.server.opts?.connectionStateRecovery ?? {};
+    if (maxDisconnectionDuration === undefined) return;
     const links: RecoveryLinks = {
       uid: node.uid,
       sockets: this.connected,
@@ -711,10 +718,8 @@ class RecoveringAdapter extends BoundAdapter {
       report: (error) => this.reportError(error),
       data: (parts, offset) => [...this.decode([...parts]).data, offset],
     };
-    const { maxDisconnectionDuration } = opts.connectionStateRecovery;
     this.#recovery = new Recovery(links, recoveryBytes, maxDisconnectionDuration, requestsTimeout);
-    const emitter: Namespace & Listening = nsp;
-    emitter.on?.("connect", this.#onConnect);
+    this.nsp.on?.("connect", this.#onConnect);
   }
 
   override persistSession(session: SocketSession): void {
@@ -747,8 +752,7 @@ class RecoveringAdapter extends BoundAdapter {
     } catch (error) {
       this.reportError(asError(error));
     }
-    const emitter: Namespace & Listening = this.nsp;
-    emitter.off?.("connect", this.#onConnect);
+    this.nsp.off?.("connect", this.#onConnect);
   }
 
   protected async answerRecovery(
@@ -1361,7 +1365,8 @@ class Sessions {
     return [...handed, ...this.#delivered(sessions, since)];
   }
 
-  take(sessions: readonly HandedSession[], legacy: Legacy): void {
+  /** Sessions that another server has released wait here from now on. */
+  inherit(sessions: readonly HandedSession[], legacy: Legacy): void {
     for (const { ms, ...session } of sessions) this.put({ ...session, until: performance.now() + ms, legacy });
   }
 
@@ -1575,7 +1580,7 @@ class Handover {
           // Own ones and those of other AMQP clients have no number.
           return number > 0 ? number > (heard[sender] ?? 0) : position > claimedAt;
         };
-        this.#sessions.take(items.filter(isHandedSession), { delivered: items.filter(isDelivered), begin, isLater });
+        this.#sessions.inherit(items.filter(isHandedSession), { delivered: items.filter(isDelivered), begin, isLater });
         isTaken = true;
       });
       if (!isTaken) await Bun.sleep(ASK_LATER);
