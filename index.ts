@@ -4311,7 +4311,6 @@ interface Frame {
   readonly floor: number;
   /** How many packets are in it. */
   readonly packets: number;
-  readonly words: Uint32Array;
   readonly body: Buffer;
 }
 
@@ -4357,7 +4356,7 @@ function controlFrame(sender: string, control: Control): Buffer {
 
 function assemble(
   allocate: (size: number) => Buffer,
-  { kind, sender, number, floor, packets }: Omit<Frame, "words" | "body">,
+  { kind, sender, number, floor, packets }: Omit<Frame, "body">,
   words: number[],
   text: string,
   binaries: Uint8Array[],
@@ -4389,7 +4388,7 @@ function emptyFrame(frame: Buffer): void {
   frame.writeUInt32LE(0, 28);
 }
 
-/** The header and the words. What is behind them is read when somebody wants it. */
+/** The header. What is behind it is read when somebody wants it. */
 function readFrame(body: Buffer): Frame {
   const [version, kind] = body;
   if (version === undefined || kind === undefined || version === 0 || version >= 0x20 || body.length < HEADER)
@@ -4399,20 +4398,19 @@ function readFrame(body: Buffer): Frame {
   if (kind !== FrameKind.Packets && kind !== FrameKind.Control) throw new FrameError(`a frame of kind ${kind}`);
   const number = body.readUIntLE(10, 6);
   const floor = body.readUIntLE(FLOOR, 6);
-  const start = body.byteOffset + HEADER;
-  const end = start + 4 * body.readUInt32LE(24);
-  if (end > body.byteOffset + body.length)
-    throw new FrameError(`a frame whose words do not fit into ${body.length} bytes`);
-  const words = new Uint32Array(body.buffer.slice(start, end)); // a copy, for they need not be aligned
-  return { kind, sender, number, floor, packets: body.readUInt32LE(28), words, body };
+  return { kind, sender, number, floor, packets: body.readUInt32LE(28), body };
 }
 
+const wordAt = (body: Buffer, index: number): number => body.readUInt32LE(HEADER + 4 * index);
+
 /** The numbers of a frame's predecessors whose routing key passes a test. */
-function predecessorsOf({ number, words }: Frame, isBound: (digest: number) => boolean): readonly number[] {
+function predecessorsOf({ number, body }: Frame, isBound: (digest: number) => boolean): readonly number[] {
   const numbers: number[] = [];
-  const start = 3 + 2 * (words[1] ?? 0);
-  const end = Math.min(words.length, start + 2 * (words[2] ?? 0));
-  for (let i = start; i + 1 < end; i += 2) if (isBound(words[i + 1]!)) numbers.push(number - words[i]!);
+  if (body.length < EMPTY_FRAME) return numbers;
+  const start = 3 + 2 * wordAt(body, 1);
+  const end = start + 2 * wordAt(body, 2);
+  if (HEADER + 4 * end > body.length) return numbers; // it is reported when it is taken apart
+  for (let i = start; i < end; i += 2) if (isBound(wordAt(body, i + 1))) numbers.push(number - wordAt(body, i));
   return numbers;
 }
 
@@ -4429,56 +4427,54 @@ interface Section {
   readonly binary: number;
 }
 
-/** Takes apart what is behind a frame's words. */
+/** Takes apart what is behind a frame's header. */
 class FrameReader {
   readonly nsp: string;
   readonly sections: Section[] = [];
-  readonly #frame: Frame;
+  readonly #body: Buffer;
   readonly #text: string;
 
-  constructor(frame: Frame) {
-    const { words, body } = frame;
-    const [nspLength = 0, sections = 0, predecessors = 0] = words;
-    const sectionsEnd = 3 + 2 * sections;
-    let word = sectionsEnd + 2 * predecessors;
-    if (word > words.length) throw new FrameError(`a frame with ${sections} sections in ${words.length} words`);
+  constructor({ body }: Frame) {
+    const words = body.readUInt32LE(24);
+    const start = HEADER + 4 * words;
+    if (words < 3 || start > body.length) throw new FrameError(`a frame of ${words} words in ${body.length} bytes`);
+    const sectionsEnd = 3 + 2 * wordAt(body, 1);
+    let word = sectionsEnd + 2 * wordAt(body, 2);
     let binary = body.length;
-    for (let i = word; i < words.length; i++) if (words[i]! >= BINARY) binary -= words[i]! & MAX_PART;
-    const start = HEADER + words.byteLength;
-    if (binary < start) throw new FrameError("a frame with more binary than bytes");
-    this.#frame = frame;
+    for (let i = word; i < words; i++) if (wordAt(body, i) >= BINARY) binary -= wordAt(body, i) & MAX_PART;
+    if (word > words || binary < start) throw new FrameError("a frame whose parts are more than its bytes");
+    this.#body = body;
     this.#text = body.toString("utf8", start, binary);
-    this.nsp = this.#text.slice(0, nspLength);
-    let head = nspLength;
-    let text = nspLength;
+    let head = wordAt(body, 0);
+    let text = head;
     let first = 0;
-    for (let i = 3; i < sectionsEnd; i += 2) text += words[i]! >>> 3;
+    this.nsp = this.#text.slice(0, head);
+    for (let i = 3; i < sectionsEnd; i += 2) text += wordAt(body, i) >>> 3;
     for (let i = 3; i < sectionsEnd; i += 2) {
-      const about = words[i]!;
-      const parts = words[i + 1]!;
+      const about = wordAt(body, i);
+      const parts = wordAt(body, i + 1);
+      if (parts > words - word) throw new FrameError(`a section of ${parts} parts in ${words} words`);
       const headEnd = head + (about >>> 3);
-      if (parts > words.length - word) throw new FrameError(`a section of ${parts} parts in ${words.length} words`);
       this.sections.push({ kind: about & 7, head: this.#text.slice(head, headEnd), first, word, parts, text, binary });
       head = headEnd;
       for (const end = word + parts; word < end; word++) {
-        const part = words[word]!;
+        const part = wordAt(body, word);
         if ((part & MORE_PARTS) === 0) first++;
         if (part >= BINARY) binary += part & MAX_PART;
         else text += part & MAX_PART;
       }
     }
-    if (text !== this.#text.length || binary !== body.length || word !== words.length)
+    if (text !== this.#text.length || binary !== body.length || word !== words)
       throw new FrameError("a frame whose parts do not fill it");
   }
 
   packets({ word, parts, text, binary }: Section): Part[][] {
-    const { words, body } = this.#frame;
     const packets: Part[][] = [];
     let packet: Part[] = [];
     for (let i = word; i < word + parts; i++) {
-      const part = words[i]!;
+      const part = wordAt(this.#body, i);
       const length = part & MAX_PART;
-      if (part >= BINARY) packet.push(body.subarray(binary, (binary += length)));
+      if (part >= BINARY) packet.push(this.#body.subarray(binary, (binary += length)));
       else packet.push(this.#text.substring(text, (text += length)));
       if ((part & MORE_PARTS) !== 0) continue;
       packets.push(packet);
