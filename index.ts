@@ -3759,10 +3759,15 @@ class Bindings {
   look(key: string): Promise<void> | undefined {
     const wanted = this.#wants(key);
     if (wanted !== this.bound.get(key) && !this.#busy.has(key)) (wanted ? this.#joins : this.#leaves).add(key);
-    if (!wanted || this.#ended || this.isLive(key)) return undefined;
-    const waiting = this.#waiting.get(key) ?? Promise.withResolvers<void>();
-    this.#waiting.set(key, waiting);
-    return waiting.promise;
+    const waiting = this.#waiting.get(key);
+    if (!wanted || this.#ended || this.isLive(key)) {
+      waiting?.resolve();
+      this.#waiting.delete(key);
+      return undefined;
+    }
+    const join = waiting ?? Promise.withResolvers<void>();
+    this.#waiting.set(key, join);
+    return join.promise;
   }
 
   lookAtAll(): void {
@@ -3788,8 +3793,8 @@ class Bindings {
       this.#digests.add(digestOf(key));
     } else this.#digests.delete(digestOf(key));
     void this.look(key);
-    const isRoom = this.#namespaceKey(key) !== key;
-    this.#resolve(isRoom ? [key] : this.#waiting.keys()); // rooms wait for their namespace as well
+    if (this.#namespaceKey(key) !== key) return;
+    for (const room of this.#waiting.keys()) void this.look(room); // they wait for their namespace as well
   }
 
   /** Rooms' exchanges may have gone: they are bound once more. */
@@ -3809,8 +3814,7 @@ class Bindings {
   /** The queue goes: nobody waits for it, nothing more is bound, and only the rooms' exchanges are unbound. */
   end(): void {
     this.#ended = true;
-    this.#resolve(this.#waiting.keys());
-    for (const key of this.viaExchange()) void this.look(key);
+    for (const key of [...this.#waiting.keys(), ...this.viaExchange()]) void this.look(key);
   }
 
   /** How many bindings are still to be made. */
@@ -3836,15 +3840,6 @@ class Bindings {
     const change = { key, from, to };
     this.#busy.set(key, change);
     return change;
-  }
-
-  /** Lets those of the joins go on that wait for nothing more. */
-  #resolve(keys: Iterable<string>): void {
-    for (const key of keys) {
-      if (!this.#ended && this.#wants(key) && !this.isLive(key)) continue;
-      this.#waiting.get(key)?.resolve();
-      this.#waiting.delete(key);
-    }
   }
 
   #wants(key: string): Way | undefined {
