@@ -3253,7 +3253,12 @@ class Batcher {
 
 const isSame = (a: Destination, b: Destination): boolean =>
   a === b ||
-  (a.head === b.head && a.kind === b.kind && a.keys[0] === b.keys[0] && a.nsp === b.nsp && a.volatile === b.volatile);
+  (a.head === b.head &&
+    a.kind === b.kind &&
+    a.nsp === b.nsp &&
+    a.volatile === b.volatile &&
+    a.keys.length === b.keys.length &&
+    a.keys.every((key, i) => key === b.keys[i]));
 
 /** Whether packets for both may travel in one frame; messages have their own. */
 const mayShare = (a: Destination, b: Destination): boolean =>
