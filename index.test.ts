@@ -3014,7 +3014,7 @@ describe("connection state recovery", () => {
     await noticed(a);
     a.io.to("red").emit("n", 1);
     expect(await own.back(a)).toBe(true);
-    expect(own.numbers).toEqual([1]);
+    await eventually(() => expect(own.numbers).toEqual([1]));
     let recovered = true;
     expect(await milliseconds(async () => (recovered = await away.back(b)))).toBeLessThan(1_000);
     expect(recovered).toBe(false);
