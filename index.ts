@@ -363,7 +363,6 @@ interface Socket {
   readonly client: { writeToEngine(parts: unknown[], flags: object): void; readonly conn: Connected };
   /** The private id of its session, with connection state recovery. */
   readonly pid?: string;
-  packet(packet: { type: number; data: unknown[] }): void;
   _onclose(reason: string): void;
   listenersAnyOutgoing?(): unknown[];
   notifyOutgoingListeners?(packet: Packet): void;
@@ -716,7 +715,7 @@ class RecoveringAdapter extends BoundAdapter {
       hasRoom: (room) => this.rooms.has(room),
       routeTo: (sid) => this.#routeTo(sid),
       report: (error) => this.reportError(error),
-      data: (parts, offset) => [...this.decode([...parts]).data, offset],
+      write: (socket, parts, offset) => socket.client.writeToEngine(this.#stamp(parts, offset), { preEncoded: true }),
     };
     this.#recovery = new Recovery(links, recoveryBytes, maxDisconnectionDuration, requestsTimeout);
     this.nsp.on?.("connect", this.#onConnect);
@@ -1259,6 +1258,13 @@ class Sessions {
     return session && session.until > performance.now() ? session : undefined;
   }
 
+  /** A session whose client presents an offset; undefined where that is not known, or what was missed behind it no longer. */
+  find(pid: string, offset: string): Session | undefined {
+    const session = this.get(pid);
+    const since = session && this.#since(session, offset);
+    return session && since !== undefined && since >= this.#goneFor(session) ? session : undefined;
+  }
+
   /** Sessions that can be handed over together: all that have only been here, or that came here together. */
   get together(): Session[] {
     const [first] = this.#waiting.values();
@@ -1314,7 +1320,7 @@ class Sessions {
   /** A client is lost. */
   persist(session: SocketSession, ms: number): void {
     const trail = this.#trails.get(session.sid);
-    if (trail) this.put({ ...session, ...this.#ownSince(trail), until: performance.now() + ms });
+    if (trail) this.put({ ...session, ...this.#owned(trail, this.log.position), until: performance.now() + ms });
   }
 
   put(session: Session): void {
@@ -1323,27 +1329,28 @@ class Sessions {
     this.pin(session.rooms);
   }
 
-  /** What the client of a session has missed behind an offset; undefined where that is not known, or no longer. */
-  missed(session: Session, offset: string): Delivered[] | undefined {
-    const since = this.#since(session, offset);
-    if (since === undefined || since < this.#goneFor(session)) return undefined;
-    return this.#delivered([session], since).filter((packet) => isFor(session.rooms, packet));
-  }
-
   /**
-   * The client of a session is back: what it has missed gets offsets of this server, and the session is one of this server.
-   * Its rooms stay pinned.
+   * The client of a session is back, and the session is one of this server from here on. Gives the position in the log behind
+   * which the packets that the client has missed stand. Its rooms stay pinned.
    */
-  renew(session: Session, offset: string, missed: readonly Delivered[], to: Destination): [Session, string[]] {
+  renew(session: Session, offset: string, to: Destination): [Session, number] {
     this.#waiting.delete(session.pid);
     const { legacy, ...own } = session;
-    const base = legacy ? this.log.position : (this.#since(session, offset) ?? 0);
-    const positions = missed.map(({ parts, position }) =>
-      legacy ? this.log.add(to, parts, { sender: this.#uid, number: 0 }) : position,
-    );
-    const trail = { base, last: positions.at(-1) ?? base, alias: { offset, position: base } };
+    const since = this.#since(session, offset) ?? 0;
+    const base = legacy ? this.log.position : since;
+    if (legacy) {
+      const missed = this.#delivered([session], since).filter((packet) => isFor(session.rooms, packet));
+      for (const { parts } of missed) this.log.add(to, parts, { sender: this.#uid, number: 0 });
+    }
+    const trail = { base, last: base, alias: { offset, position: base } };
     this.#trails.set(session.sid, trail);
-    return [{ ...own, ...this.#ownSince(trail) }, positions.map((position) => this.#offset(position))];
+    return [{ ...own, ...this.#owned(trail, base) }, base];
+  }
+
+  /** What a session of this server has missed behind a position; undefined where that is not known any more. */
+  missed({ rooms }: Session, since: number): Delivered[] | undefined {
+    if (since < this.log.gone(rooms)) return undefined;
+    return this.log.after(since, new Set(rooms)).filter((packet) => isFor(rooms, packet));
   }
 
   /**
@@ -1410,9 +1417,9 @@ class Sessions {
     return `${this.#uid}.${position}`;
   }
 
-  /** What makes a session one of this server, whose client is lost now. */
-  #ownSince(trail: Trail) {
-    return { ...trail, owner: this.#uid, lostAt: this.log.position, gone: 0 };
+  /** What makes a session one of this server, whose client is lost at a position. */
+  #owned(trail: Trail, lostAt: number) {
+    return { ...trail, owner: this.#uid, lostAt, gone: 0 };
   }
 
   /** What an offset stands for that the client may have; undefined for any other. */
@@ -1448,8 +1455,8 @@ interface RecoveryLinks {
   routeTo(sid: SocketId): Destination;
   /** What a user should know. */
   report(error: Error): void;
-  /** A packet's data, with its offset. */
-  data(parts: readonly Part[], offset: string): unknown[];
+  /** Writes a packet to a socket, with its offset. */
+  write(socket: Socket, parts: readonly Part[], offset: string): void;
 }
 
 type RecoveryMessage = Extract<Message, { type: "find" | "claim" | "offer" }>;
@@ -1591,12 +1598,8 @@ class Handover {
   }
 }
 
-/** A session whose client is about to be connected. */
-interface Arrival {
-  readonly session: Session;
-  /** What its client gets before it is connected is up to this position of the log. */
-  readonly upTo: number;
-}
+/** A session whose client is about to be connected, and the position behind which what it has missed stands in the log. */
+type Arrival = readonly [session: Session, since: number];
 
 /** How long the client of a connection has to answer a ping, in ms. */
 const PONG = 300;
@@ -1638,12 +1641,12 @@ class Recovery {
     let isMoving: boolean;
     do {
       await this.#closeOld(pid, offset);
-      let found = this.#find(pid, offset);
+      let found = this.sessions.find(pid, offset);
       isMoving = !found && (await this.handover.fetch(pid, offset, until));
       // Its socket may be on the way to being connected, and have lost its connection again.
-      isMoving ||= this.#arrivals.values().some(({ session }) => session.pid === pid);
-      found ??= this.#find(pid, offset);
-      if (found && !this.handover.isClosing) return this.#arrive(...found, offset);
+      isMoving ||= this.#arrivals.values().some(([session]) => session.pid === pid);
+      found ??= this.sessions.find(pid, offset);
+      if (found && !this.handover.isClosing) return this.#arrive(found, offset);
       if (isMoving) await Bun.sleep(ASK_LATER);
     } while (isMoving && performance.now() < until);
     // A server that closes keeps the client waiting: when its connection ends, it finds its session on another one.
@@ -1655,34 +1658,34 @@ class Recovery {
   async onFind(pid: string | undefined, offset = ""): Promise<Found[]> {
     if (pid === undefined) return this.handover.onFind(pid, this.sessions.together);
     await this.#closeOld(pid, offset);
-    const [session] = this.#find(pid, offset) ?? [];
+    const session = this.sessions.find(pid, offset);
     return this.handover.onFind(pid, session ? [session] : []);
   }
 
-  /** A socket is connected: what has come since its session was found follows. */
+  /**
+   * A socket is connected, and gets what it has missed. Socket.IO would send that before the answer to CONNECT: a client that
+   * loses its connection between the two keeps it, and gets it twice.
+   */
   connected(socket: Socket): void {
     if (socket.pid !== undefined) this.#sockets.set(socket.pid, socket);
-    const arrival = this.#arrivals.get(socket.id);
-    if (!arrival) return;
-    const { session, upTo } = arrival;
-    for (const packet of this.sessions.log.after(upTo, new Set(session.rooms))) {
-      if (!isFor(session.rooms, packet)) continue;
-      const offset = this.sessions.wrote([socket], packet.position);
-      socket.packet({ type: EVENT, data: this.#links.data(packet.parts, offset) });
-    }
+    const [session, since = 0] = this.#arrivals.get(socket.id) ?? [];
+    if (!session) return;
+    const missed = this.sessions.missed(session, since);
+    if (!missed) return socket.client.conn.close(); // middlewares took too long: it begins anew
     this.#arrivals.delete(socket.id);
+    for (const { parts, position } of missed) this.#links.write(socket, parts, this.sessions.wrote([socket], position));
     this.handover.unpin([session]);
   }
 
   /** A socket has gone. One that was never connected leaves its session as it found it. */
   left(sid: SocketId): void {
-    const arrival = this.#arrivals.get(sid);
+    const [session] = this.#arrivals.get(sid) ?? [];
     this.#arrivals.delete(sid);
     this.#sockets.delete(this.#links.sockets.get(sid)?.pid ?? "");
     this.sessions.forget(sid);
-    if (!arrival) return;
-    this.sessions.put(arrival.session);
-    this.handover.unpin([arrival.session]);
+    if (!session) return;
+    this.sessions.put(session);
+    this.handover.unpin([session]);
   }
 
   async close(): Promise<void> {
@@ -1705,19 +1708,10 @@ class Recovery {
     socket.client.conn.close();
   }
 
-  /** A session that waits here, and what its client has missed. */
-  #find(pid: string, offset: string): [Session, Delivered[]] | undefined {
-    const session = this.sessions.get(pid);
-    const missed = session && this.sessions.missed(session, offset);
-    return missed && [session, missed];
-  }
-
-  #arrive(found: Session, missed: readonly Delivered[], offset: string): Restored {
-    const { sid, pid, rooms, data } = found;
-    const [session, offsets] = this.sessions.renew(found, offset, missed, this.#links.routeTo(sid));
-    this.#arrivals.set(sid, { session, upTo: this.sessions.log.position });
-    const missedPackets = missed.map(({ parts }, i) => this.#links.data(parts, offsets[i] ?? ""));
-    return { sid, pid, rooms, data, missedPackets };
+  #arrive(session: Session, offset: string): Restored {
+    const { sid, pid, rooms, data } = session;
+    this.#arrivals.set(sid, this.sessions.renew(session, offset, this.#links.routeTo(sid)));
+    return { sid, pid, rooms, data, missedPackets: [] };
   }
 }
 
@@ -3224,7 +3218,12 @@ class Batcher {
 
 const isSame = (a: Destination, b: Destination): boolean =>
   a === b ||
-  (a.head === b.head && a.kind === b.kind && a.keys[0] === b.keys[0] && a.nsp === b.nsp && a.volatile === b.volatile);
+  (a.head === b.head &&
+    a.kind === b.kind &&
+    a.nsp === b.nsp &&
+    a.volatile === b.volatile &&
+    a.keys.length === b.keys.length &&
+    a.keys.every((key, i) => key === b.keys[i]));
 
 /** Whether packets for both may travel in one frame; messages have their own. */
 const mayShare = (a: Destination, b: Destination): boolean =>
