@@ -333,9 +333,13 @@ interface OpenNamespace extends Namespace {
   readonly server: Namespace["server"] & {
     readonly opts?: { readonly connectionStateRecovery?: { readonly maxDisconnectionDuration: number } };
   };
-  readonly sockets?: ReadonlyMap<SocketId, Socket>;
+  readonly sockets?: Map<SocketId, Socket>;
+  /** Sockets that are not connected yet: their middlewares run. */
+  readonly _preConnectSockets?: Map<SocketId, unknown>;
   /** Runs the middlewares. */
   run?(socket: unknown, next: unknown): void;
+  /** A socket goes. That of a namespace that is made from a pattern may close the namespace. */
+  _remove?(socket: { readonly id: SocketId }): void;
   on?(event: "connect", listener: (socket: Socket) => void): unknown;
   off?(event: "connect", listener: (socket: Socket) => void): unknown;
 }
@@ -608,6 +612,9 @@ class BoundAdapter extends LocalAdapter {
   readonly key: string;
   protected readonly node: Node;
   protected readonly routes: Routes;
+  /** Rooms with names that are too long for a key, by the hash that is their key. */
+  readonly #hashed = new Map<string, Room>();
+  #isKeptOpen = false;
 
   constructor(nsp: Namespace, node: Node) {
     super(nsp, node.reports.report, node.settings.maxPayload);
@@ -632,12 +639,10 @@ class BoundAdapter extends LocalAdapter {
 
   /** @internal The rooms whose packets travel under a key. */
   roomsUnder(key: string): Room[] {
-    const has = (room: Room) => this.rooms.has(room) || this.pinned.has(room);
-    if (!key.startsWith(HASHED)) {
-      if (!key.startsWith(`${this.key}#`)) return [];
-      return roomsNamed(key.slice(this.key.length + 1)).filter(has);
-    }
-    return [...this.rooms.keys(), ...this.pinned.keys()].filter((room) => roomKey(this.nsp.name, room) === key);
+    const hashed = this.#hashed.get(key);
+    if (hashed !== undefined) return [hashed];
+    const isOurs = key.startsWith(`${this.key}#`);
+    return isOurs ? roomsNamed(key.slice(this.key.length + 1)).filter((room) => this.#has(room)) : [];
   }
 
   /** Resolves once every later emit anywhere reaches the socket; returns at once while the broker is away. */
@@ -660,10 +665,18 @@ class BoundAdapter extends LocalAdapter {
   protected follow(rooms: Iterable<Room>): Promise<void> | void {
     let pending: Promise<void>[] | undefined;
     for (const room of rooms) {
-      const done = this.routes.hasKey(room) ? this.node.receiver.follow(roomKey(this.nsp.name, room)) : undefined;
+      if (!this.routes.hasKey(room)) continue;
+      const key = roomKey(this.nsp.name, room);
+      if (!key.startsWith(HASHED) || !this.#has(room)) this.#hashed.delete(key);
+      else this.#hashed.set(key, room);
+      const done = this.node.receiver.follow(key);
       if (done) (pending ??= []).push(done);
     }
     if (pending) return Promise.all(pending).then(() => {});
+  }
+
+  #has(room: Room): boolean {
+    return this.rooms.has(room) || this.pinned.has(room);
   }
 
   /**
@@ -678,7 +691,23 @@ class BoundAdapter extends LocalAdapter {
     nsp.run = (socket, next) => {
       const live = nsp.adapter === this ? this.node.receiver.follow(this.key) : undefined;
       if (!live) return run.call(nsp, socket, next);
+      this.#keepOpen();
       void within(HOLD_CLIENTS, live).then(() => run.call(nsp, socket, next));
+    };
+  }
+
+  /**
+   * With `cleanupEmptyChildNamespaces`, Socket.IO closes a namespace when a client goes and no other is connected, also under
+   * those that are held back and will be. Here it stays open until none is on its way.
+   */
+  #keepOpen(): void {
+    const { nsp } = this;
+    const { sockets, _preConnectSockets: coming, _remove: remove } = nsp;
+    if (this.#isKeptOpen || !coming || !Object.hasOwn(nsp, "_remove")) return;
+    this.#isKeptOpen = true;
+    nsp._remove = (socket) => {
+      void (sockets?.delete(socket.id) || coming.delete(socket.id));
+      if (coming.size === 0) remove?.call(nsp, socket);
     };
   }
 }
