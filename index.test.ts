@@ -487,6 +487,14 @@ describe("a join", () => {
     expect(await heardFrom(a.io, people)).toEqual(only("", people, ["hello"]));
   });
 
+  test("ends though its room is left before it is bound", async () => {
+    const { cat } = await crew();
+    const rooms = Array.from({ length: 20 }, (_, i) => `room${i}`);
+    const joins = rooms.map((room) => cat.socket.join(room));
+    for (const room of rooms) void cat.socket.leave(room);
+    await Promise.all(joins);
+  });
+
   test("of many rooms at once binds all, and the end of the socket none", async () => {
     const { a, c, cat } = await crew();
     const rooms = Array.from({ length: 200 }, (_, i) => `room${i}`);
