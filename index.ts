@@ -328,7 +328,14 @@ interface Namespace {
   };
   _onServerSideEmit(args: unknown[]): void;
 }
-interface Listening {
+/** The same, with what Socket.IO's types hide or say in another way. */
+interface OpenNamespace extends Namespace {
+  readonly server: Namespace["server"] & {
+    readonly opts?: { readonly connectionStateRecovery?: { readonly maxDisconnectionDuration: number } };
+  };
+  readonly sockets?: ReadonlyMap<SocketId, Socket>;
+  /** Runs the middlewares. */
+  run?(socket: unknown, next: unknown): void;
   on?(event: "connect", listener: (socket: Socket) => void): unknown;
   off?(event: "connect", listener: (socket: Socket) => void): unknown;
 }
@@ -356,7 +363,6 @@ interface Socket {
   readonly client: { writeToEngine(parts: unknown[], flags: object): void; readonly conn: Connected };
   /** The private id of its session, with connection state recovery. */
   readonly pid?: string;
-  packet(packet: { type: number; data: unknown[] }): void;
   _onclose(reason: string): void;
   listenersAnyOutgoing?(): unknown[];
   notifyOutgoingListeners?(packet: Packet): void;
@@ -397,9 +403,21 @@ const RESERVED_EVENTS = new Set([
 const apply: (this: Adapter, opts: BroadcastOptions, callback: (socket: Socket) => void) => void =
   Adapter.prototype["apply"];
 
+/** Encoded packets for sockets: those of a room, or of options. */
+interface Delivery {
+  readonly sockets: Socket[];
+  readonly target: string | BroadcastOptions;
+  readonly origin: Origin | Frame;
+  /** How many packets stand before them in the frame that brought them. */
+  readonly first?: number;
+  packets(): unknown[][];
+  /** The packet, where it was not encoded elsewhere. */
+  readonly decoded?: Packet;
+}
+
 /** The local side of a namespace: its sockets, and what is written to them. */
 class LocalAdapter extends Adapter {
-  declare readonly nsp: Namespace;
+  declare readonly nsp: OpenNamespace;
   /** The sockets that are connected. */
   protected readonly connected: ReadonlyMap<SocketId, Socket>;
   /** Reports what a user should know. */
@@ -408,37 +426,36 @@ class LocalAdapter extends Adapter {
 
   constructor(nsp: Namespace, report: (error: Error) => void, maxPayload: number) {
     super(nsp);
-    this.connected = (nsp as Namespace & { sockets?: ReadonlyMap<SocketId, Socket> }).sockets ?? new Map();
+    this.connected = this.nsp.sockets ?? new Map();
     this.reportError = report;
     this.#maxDetails = maxPayload / 4;
   }
 
   /** @internal Packets of a peer, handed to the local sockets as they are. */
-  onPackets({ kind, head, first }: Section, packets: () => Part[][], frame: Frame): void {
-    if (kind === SectionKind.Room) return this.deliver(this.#inRoom(head), head, packets, frame, first);
-    const opts = kind === SectionKind.Options ? packetsHead(head) : EVERYONE;
-    this.deliver(this.localSockets(opts), opts, packets, frame, first);
-  }
-
-  /** Encoded packets for these sockets, which are those of a room or of options; `first` is their place in a frame. */
-  protected deliver(
-    sockets: Socket[],
-    target: string | BroadcastOptions,
-    packets: () => unknown[][],
-    _origin: Origin | Frame,
-    _first = 0,
-    decoded?: Packet,
-  ): void {
-    if (sockets.length === 0) return;
-    this.writeTo(sockets, packets(), typeof target === "string" ? undefined : target.flags, decoded);
+  onPackets({ kind, head, first }: Section, packets: () => Part[][], origin: Frame): void {
+    const target = kind === SectionKind.Room ? head : kind === SectionKind.Options ? packetsHead(head) : EVERYONE;
+    const sockets = typeof target === "string" ? this.#inRoom(target) : this.localSockets(target);
+    this.#deliver({ sockets, target, origin, first, packets });
   }
 
   /** Delivers a packet to the local sockets; returns it encoded. */
   protected broadcastLocally(packet: Packet, opts: BroadcastOptions, origin: Origin): unknown[] {
     packet.nsp = this.nsp.name;
     const parts = this.nsp.server.encoder.encode(packet);
-    this.deliver(this.localSockets(opts), opts, () => [parts], origin, 0, packet);
+    const packets = () => [parts];
+    this.#deliver({ sockets: this.localSockets(opts), target: opts, origin, packets, decoded: packet });
     return parts;
+  }
+
+  /** The packets of a delivery as they are written to its sockets. */
+  protected written({ sockets, packets }: Delivery): unknown[][] {
+    return sockets.length === 0 ? [] : packets();
+  }
+
+  #deliver(delivery: Delivery): void {
+    const { sockets, target, decoded } = delivery;
+    const packets = this.written(delivery);
+    if (sockets.length > 0) this.#write(sockets, packets, typeof target === "string" ? {} : target.flags, decoded);
   }
 
   /** What `apply` finds, with nothing made for a room that nobody is in: the most frequent case by far. */
@@ -460,8 +477,7 @@ class LocalAdapter extends Adapter {
     return sockets;
   }
 
-  protected writeTo(sockets: Socket[], packets: unknown[][], flags: BroadcastFlags = {}, decoded?: Packet): void {
-    if (sockets.length === 0) return;
+  #write(sockets: Socket[], packets: unknown[][], flags: BroadcastFlags = {}, decoded?: Packet): void {
     const options = { preEncoded: true, volatile: flags.volatile, compress: flags.compress };
     for (const parts of packets) {
       let packet = decoded;
@@ -590,16 +606,14 @@ class BoundAdapter extends LocalAdapter {
   readonly "socket.io-amqp0": true = true;
   /** @internal The routing key of what is for everyone in this namespace. */
   readonly key: string;
-  /** Whether a room has a routing key of its own. */
-  readonly #travels: (room: Room) => boolean;
-  readonly #receiver: Receiver;
+  protected readonly node: Node;
+  protected readonly routes: Routes;
 
-  constructor(nsp: Namespace, { settings, receiver, reports }: Node) {
-    super(nsp, reports.report, settings.maxPayload);
+  constructor(nsp: Namespace, node: Node) {
+    super(nsp, node.reports.report, node.settings.maxPayload);
     this.key = namespaceKey(nsp.name);
-    this.#receiver = receiver;
-    const bound = settings.socketRooms === "bound";
-    this.#travels = (room) => bound || !isSocketId(room);
+    this.node = node;
+    this.routes = node.routes(nsp.name);
   }
 
   /** Rooms that stay bound though no socket is in them. */
@@ -612,7 +626,7 @@ class BoundAdapter extends LocalAdapter {
     const rooms = this.pinned.size === 0 ? this.rooms : new Set(this.rooms.keys()).union(this.pinned);
     return rooms
       .keys()
-      .filter(this.#travels)
+      .filter((room) => this.routes.hasKey(room))
       .map((room) => roomKey(this.nsp.name, room));
   }
 
@@ -646,7 +660,7 @@ class BoundAdapter extends LocalAdapter {
   protected follow(rooms: Iterable<Room>): Promise<void> | void {
     let pending: Promise<void>[] | undefined;
     for (const room of rooms) {
-      const done = this.#travels(room) ? this.#receiver.follow(roomKey(this.nsp.name, room)) : undefined;
+      const done = this.routes.hasKey(room) ? this.node.receiver.follow(roomKey(this.nsp.name, room)) : undefined;
       if (done) (pending ??= []).push(done);
     }
     if (pending) return Promise.all(pending).then(() => {});
@@ -658,11 +672,11 @@ class BoundAdapter extends LocalAdapter {
    * lost where a namespace is made from a pattern, so this one place wraps a method of Socket.IO's namespace.
    */
   protected holdClients(): void {
-    const nsp = this.nsp as Namespace & { run?: (socket: unknown, next: unknown) => void };
+    const { nsp } = this;
     const { run } = nsp;
     if (!run) return;
     nsp.run = (socket, next) => {
-      const live = nsp.adapter === this ? this.#receiver.follow(this.key) : undefined;
+      const live = nsp.adapter === this ? this.node.receiver.follow(this.key) : undefined;
       if (!live) return run.call(nsp, socket, next);
       void within(HOLD_CLIENTS, live).then(() => run.call(nsp, socket, next));
     };
@@ -674,23 +688,21 @@ class RecoveringAdapter extends BoundAdapter {
   readonly #recovery: Recovery | undefined;
   /** Whether an offset can be pasted into the text of an encoded packet: not with another parser than the default one. */
   readonly #pastes: boolean;
-  readonly #routes: Routes;
   readonly #onConnect = (socket: Socket): void => this.#recovery?.connected(socket);
 
   constructor(nsp: Namespace, node: Node) {
     super(nsp, node);
-    this.#routes = node.routes(nsp.name);
     this.#pastes = nsp.server.encoder.encode({ type: EVENT, nsp: "/", data: ["name"] }).join() === '2["name"]';
     const { recoveryBytes, requestsTimeout } = node.settings;
-    const { opts } = nsp.server as { opts?: { connectionStateRecovery?: { maxDisconnectionDuration: number } } };
-    if (!opts?.connectionStateRecovery) return;
+    const { maxDisconnectionDuration } = this.nsp.server.opts?.connectionStateRecovery ?? {};
+    if (maxDisconnectionDuration === undefined) return;
     const links: RecoveryLinks = {
       uid: node.uid,
       sockets: this.connected,
       peers: () => (node.upSince === undefined ? [] : node.membership.serversOf(nsp.name)),
-      ask: (peers, ms, question, take) => {
+      ask: (peers, until, question, take) => {
         const send = (id: string) => node.sendTo(peers, nsp.name, { ...question, id });
-        return node.requests.ask(peers, Math.max(ms, 0), send, {
+        return node.requests.ask(peers, Math.max(until - performance.now(), 0), send, {
           take: (message, from) => {
             if (message.type !== "items") return false;
             take(message.items, from, !message.more);
@@ -703,12 +715,10 @@ class RecoveringAdapter extends BoundAdapter {
       hasRoom: (room) => this.rooms.has(room),
       routeTo: (sid) => this.#routeTo(sid),
       report: (error) => this.reportError(error),
-      data: (parts, offset) => [...this.decode([...parts]).data, offset],
+      write: (socket, parts, offset) => socket.client.writeToEngine(this.#stamp(parts, offset), { preEncoded: true }),
     };
-    const { maxDisconnectionDuration } = opts.connectionStateRecovery;
     this.#recovery = new Recovery(links, recoveryBytes, maxDisconnectionDuration, requestsTimeout);
-    const emitter: Namespace & Listening = nsp;
-    emitter.on?.("connect", this.#onConnect);
+    this.nsp.on?.("connect", this.#onConnect);
   }
 
   override persistSession(session: SocketSession): void {
@@ -716,12 +726,12 @@ class RecoveringAdapter extends BoundAdapter {
   }
 
   /** Rejects where there is no session, which Socket.IO takes for a new client. */
-  override restoreSession(pid: string, offset: string): Promise<SocketSession & { missedPackets: unknown[][] }> {
+  override restoreSession(pid: string, offset: string): Promise<Restored> {
     return this.#recovery?.restore(pid, offset) ?? Promise.reject(new Error("connectionStateRecovery is off"));
   }
 
   override addAll(id: SocketId, rooms: Set<Room>): Promise<void> | void {
-    this.#recovery?.joins(id);
+    this.#recovery?.sessions.begin(id);
     return super.addAll(id, rooms);
   }
 
@@ -731,7 +741,7 @@ class RecoveringAdapter extends BoundAdapter {
   }
 
   protected override get pinned(): ReadonlyMap<Room, unknown> {
-    return this.#recovery?.sessions.pins.rooms ?? NO_ROOMS;
+    return this.#recovery?.sessions.pinned ?? NO_ROOMS;
   }
 
   /** Never rejects: the adapter closes, whatever becomes of its sessions. */
@@ -741,21 +751,20 @@ class RecoveringAdapter extends BoundAdapter {
     } catch (error) {
       this.reportError(asError(error));
     }
-    const emitter: Namespace & Listening = this.nsp;
-    emitter.off?.("connect", this.#onConnect);
+    this.nsp.off?.("connect", this.#onConnect);
   }
 
   protected async answerRecovery(
-    message: Message & { type: "claim" | "missed" | "offer" },
+    message: RecoveryMessage,
     from: string,
     answer: (value: Answer) => void,
   ): Promise<void> {
     const recovery = this.#recovery;
     let items: unknown[] = [];
     try {
-      if (message.type === "claim") items = (await recovery?.onClaim(message.pid, message.offset)) ?? [];
+      if (message.type === "find") items = (await recovery?.onFind(message.pid, message.offset)) ?? [];
       // Answered at once: what is emitted from here on is behind the answer.
-      else if (message.type === "missed") items = recovery?.handover.onMissed(message.pids, message.offset) ?? [];
+      else if (message.type === "claim") items = recovery?.handover.onClaim(message.pids, message.offset) ?? [];
       else await recovery?.handover.onOffer(from);
     } catch (error) {
       this.reportError(asError(error));
@@ -764,33 +773,24 @@ class RecoveringAdapter extends BoundAdapter {
   }
 
   /** Packets get an offset each, by which the client says how far it has come. */
-  protected override deliver(
-    sockets: Socket[],
-    target: string | BroadcastOptions,
-    packets: () => unknown[][],
-    origin: Origin | Frame,
-    first = 0,
-    decoded?: Packet,
-  ): void {
+  protected override written(delivery: Delivery): unknown[][] {
+    const { sockets, target, origin, first = 0, packets, decoded } = delivery;
     const sessions = this.#recovery?.sessions;
-    if (!sessions || decoded?.id !== undefined) return super.deliver(sockets, target, packets, origin, first, decoded);
-    if (sockets.length === 0 && !sessions.awaits(target)) return;
+    if (!sessions || decoded?.id !== undefined) return super.written(delivery);
+    if (sockets.length === 0 && !sessions.awaits(target)) return [];
     const { log } = sessions;
     const frame = "body" in origin ? origin : undefined;
-    const flags = typeof target === "string" ? undefined : target.flags;
-    const isKept = frame ? frame.number > 0 : !flags?.volatile;
+    const isKept = frame ? frame.number > 0 : typeof target === "string" || !target.flags?.volatile;
     let position = isKept && frame ? log.note(frame) + first : log.position;
-    const stamped: unknown[][] = [];
-    for (const encoded of packets()) {
+    return packets().map((encoded) => {
       const parts = asParts(encoded);
       if (isKept) position = frame ? position + 1 : log.add(this.#routeTo(target), parts, origin);
-      stamped.push(this.#stamp(parts, sessions.wrote(sockets, position)));
-    }
-    this.writeTo(sockets, stamped, flags, decoded);
+      return this.#stamp(parts, sessions.wrote(sockets, position));
+    });
   }
 
   #routeTo(target: string | BroadcastOptions): Destination {
-    return this.#routes.packets(typeof target === "string" ? { rooms: new Set([target]) } : target);
+    return this.routes.packets(typeof target === "string" ? { rooms: new Set([target]) } : target);
   }
 
   #stamp(parts: readonly Part[], offset: string): unknown[] {
@@ -810,9 +810,6 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   readonly ready: Promise<void>;
   /** @internal */
   readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
-  readonly #node: Node;
-  readonly #settings: Settings;
-  readonly #routes: Routes;
   #closing: Promise<void> | undefined;
   #started = false;
   /** The adapter that this one takes the place of: Socket.IO does not close it. */
@@ -821,16 +818,13 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   /** Made by what `createAdapter()` returns. */
   constructor(nsp: Namespace, node: Node) {
     super(nsp, node);
-    this.#node = node;
-    this.#settings = node.settings;
-    this.#routes = node.routes(nsp.name);
     this.ready = this.opened.promise;
     this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
     this.#replaced = isOurs(nsp.adapter) ? nsp.adapter : undefined;
   }
 
   get stats(): AdapterStats {
-    const stats = { ...this.#node.stats, rooms: this.#node.receiver.countBound(this.keys()) };
+    const stats = { ...this.node.stats, rooms: this.node.receiver.countBound(this.keys()) };
     return Object.defineProperty(stats, Symbol.for("nodejs.util.inspect.custom"), {
       value: () => describeStats(stats),
     });
@@ -838,14 +832,14 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
 
   /** This server's name in the cluster. */
   get uid(): string {
-    return this.#node.uid;
+    return this.node.uid;
   }
 
   /** Resolves once the adapter is ready. Socket.IO calls it; calling it again does no harm. */
   override init(): Promise<void> {
     if (this.#started) return this.ready;
     this.#started = true;
-    this.#node.join(this);
+    this.node.join(this);
     void this.#replaced?.close();
     this.#replaced = undefined;
     this.holdClients();
@@ -853,7 +847,7 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   }
 
   override close(): Promise<void> {
-    return (this.#closing ??= this.handSessionsOver().then(() => this.#node.leave(this)));
+    return (this.#closing ??= this.handSessionsOver().then(() => this.node.leave(this)));
   }
 
   override serverCount(): Promise<number> {
@@ -862,20 +856,20 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
 
   /** @internal */
   get shared(): Shared {
-    const { socketRooms, maxPayload, journal } = this.#settings;
+    const { socketRooms, maxPayload, journal } = this.node.settings;
     return { socketRooms, maxPayload, "journal.ms": journal.ms, parser: parserName(this.nsp.server.encoder) };
   }
 
   /** The other servers that have this namespace open. */
   get #peers(): string[] {
-    return this.#node.membership.serversOf(this.nsp.name);
+    return this.node.membership.serversOf(this.nsp.name);
   }
 
   override broadcast(packet: Packet, opts: BroadcastOptions): void {
     const parts = this.broadcastLocally(packet, opts, { sender: this.uid, number: 0 });
     // With an id it is of a socket whose client answers.
     if (packet.id === undefined && !opts.flags?.local && !this.#closing)
-      this.#node.sender.add(this.#routes.packets(opts), parts);
+      this.node.sender.add(this.routes.packets(opts), parts);
   }
 
   override broadcastWithAck(
@@ -885,17 +879,16 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
     ack: (...args: unknown[]) => void,
   ): void {
     const peers = this.#peers;
-    if (opts.flags?.local || this.#closing) {
+    const isLocal = opts.flags?.local || this.#closing;
+    const parts = isLocal ? undefined : this.tryEncode({ type: EVENT, nsp: this.nsp.name, data: packet.data });
+    if (!parts)
       for (const _ of peers) clientCountCallback(0); // the caller waits for one count per server
-    } else {
+    else {
       // A peer is counted when the last of its clients has answered or when it is gone, so a dead one is not waited for.
       const clients = new Map(peers.map((uid) => [uid, { count: Infinity, acks: 0 }]));
-      const timeout = opts.flags?.timeout ?? this.#settings.requestsTimeout;
-      const parts = this.tryEncode({ type: EVENT, nsp: this.nsp.name, data: packet.data });
-      const send = (id: string) => {
-        if (parts) this.#send({ type: "broadcast", id, opts: toWire(opts), timeout, packet: parts });
-      };
-      void this.#node.requests.ask(parts ? peers : [], timeout, send, {
+      const timeout = opts.flags?.timeout ?? this.node.settings.requestsTimeout;
+      const send = (id: string) => this.#send({ type: "broadcast", id, opts: toWire(opts), timeout, packet: parts });
+      void this.node.requests.ask(peers, timeout, send, {
         take: (message, uid) => {
           const peer = clients.get(uid);
           if (!peer) return false;
@@ -910,7 +903,6 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
         // Deferred, because this runs a user callback that may throw.
         done: (uid) => queueMicrotask(() => clientCountCallback(clients.get(uid)?.acks ?? 0)),
       });
-      if (!parts) for (const _ of peers) clientCountCallback(0);
     }
     super.broadcastWithAck(packet, opts, clientCountCallback, ack);
   }
@@ -918,7 +910,7 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   override addSockets(opts: BroadcastOptions, rooms: Room[]): void {
     super.addSockets(opts, rooms);
     if (opts.flags?.local) return;
-    this.#routes.joinFromAfar(rooms);
+    this.routes.joinFromAfar(rooms);
     this.#send({ type: "join", opts: toWire(opts), rooms });
   }
 
@@ -936,8 +928,8 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
     const sockets: unknown[] = this.localSockets(opts);
     const peers = opts.flags?.local ? [] : this.#peers;
     const send = (id: string) => this.#send({ type: "fetch", id, opts: toWire(opts) });
-    const timeout = opts.flags?.timeout ?? this.#settings.requestsTimeout;
-    const unanswered = await this.#node.requests.ask(peers, timeout, send, {
+    const timeout = opts.flags?.timeout ?? this.node.settings.requestsTimeout;
+    const unanswered = await this.node.requests.ask(peers, timeout, send, {
       take: (message) => {
         if (message.type !== "items") return false;
         for (const socket of message.items) sockets.push(socket);
@@ -955,7 +947,7 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
     const peers = this.#peers;
     const answers: unknown[] = [];
     const send = (id: string) => this.#send({ type: "emit", id, args: args.slice(0, -1) });
-    const answered = this.#node.requests.ask(peers, this.#settings.requestsTimeout, send, {
+    const answered = this.node.requests.ask(peers, this.node.settings.requestsTimeout, send, {
       take: (message) => {
         if (message.type !== "answer") return false;
         answers.push(message.value);
@@ -970,12 +962,12 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   }
 
   #send(message: Message): void {
-    if (!this.#closing) this.#node.sender.add(this.#routes.message(message), encodeValue(message));
+    if (!this.#closing) this.node.sender.add(this.routes.message(message), encodeValue(message));
   }
 
   /** @internal A message of a peer, an emitter or a foreign client. */
   onMessage(message: Message, { sender: from, number }: Origin): void {
-    const answer = (value: Answer) => this.#node.sender.add(this.#routes.direct(from), this.encodeAnswer(value));
+    const answer = (value: Answer) => this.node.sender.add(this.routes.direct(from), this.encodeAnswer(value));
     switch (message.type) {
       case "packet": {
         const packet = { type: EVENT, nsp: this.nsp.name, data: eventOf(message.data) };
@@ -993,12 +985,12 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
         return this.answerFetch(message, answer);
       case "broadcast":
         return this.answerBroadcast(message, answer);
+      case "find":
       case "claim":
-      case "missed":
       case "offer":
         return void this.answerRecovery(message, from, answer);
       default:
-        this.#node.requests.onAnswer(message, from);
+        this.node.requests.onAnswer(message, from);
     }
   }
 }
@@ -1055,11 +1047,11 @@ interface SocketSession {
   readonly rooms: Room[];
   readonly data: unknown;
 }
+type Restored = SocketSession & { missedPackets: unknown[][] };
 
 /** A packet that was delivered in a namespace, and to whom. */
 interface Delivered {
-  /** Its place in a series: what one server has delivered, or what it has handed over together. */
-  readonly series: string;
+  /** How many packets its server had delivered with it. */
   readonly position: number;
   /** Everyone, if there are no rooms. */
   readonly rooms: readonly Room[];
@@ -1070,40 +1062,49 @@ interface Delivered {
   readonly number: number;
 }
 
-/** A session that waits for its client. */
-interface Session extends SocketSession {
-  /** The server that lost the client, whose offsets the client knows, and the series that these are positions of. */
-  readonly owner: string;
-  readonly series: string;
-  /** The position at which the client came, that of the last packet that was written to it, and the one at which it was lost. */
+/** How far a client has come, in positions of one server. */
+interface Trail {
+  /** The position at which it came, and that of the last packet that was written to it. */
   readonly base: number;
-  readonly last: number;
-  readonly lostAt: number;
+  last: number;
   /** What the client presented when it came back the last time, and what that stands for, until it hears of a newer one. */
-  readonly alias?: Alias | undefined;
-  /** For how many ms it waits yet. */
-  readonly ms: number;
-  /** Where it was handed over: the latest packet for it that its owner no longer had, and other series that belong to it. */
-  readonly gone: number;
-  readonly from: Readonly<Record<string, number>>;
-  /** What its former servers have delivered, and the position from which on this one's own log goes on. */
-  readonly earlier: readonly Delivered[];
-  readonly takenAt: number;
-}
-type Known = Pick<Session, "owner" | "base" | "last" | "alias">;
-interface Alias {
-  readonly offset: string;
-  readonly position: number;
+  readonly alias?: { readonly offset: string; readonly position: number } | undefined;
 }
 
-/** The position of what has none in a series: behind all others. */
+/** A session that waits for its client, as one server hands it over to another. */
+interface HandedSession extends SocketSession, Trail {
+  /** The server that lost the client, whose offsets the client knows, and its position then. */
+  readonly owner: string;
+  readonly lostAt: number;
+  /** The position of the latest packet for it that its owner no longer had. */
+  readonly gone: number;
+  /** For how many ms it waits yet. */
+  readonly ms: number;
+}
+interface Session extends Omit<HandedSession, "ms"> {
+  /** Until when it waits (ms, monotonic). */
+  readonly until: number;
+  /** Where it was handed over: what came with it. */
+  readonly legacy?: Legacy;
+}
+
+/** What sessions share that were handed over together. */
+interface Legacy {
+  /** What their former servers have delivered: with positions of the owner, or behind all of these. */
+  readonly delivered: readonly Delivered[];
+  /** Behind this position of this server's log stands what was delivered since. */
+  readonly begin: number;
+  /** Whether a packet that stands there is not among those that were handed over. */
+  isLater(packet: Delivered): boolean;
+}
+
+/** A position behind all others. */
 const LAST = Number.MAX_SAFE_INTEGER;
 
 /** What a server has delivered in a namespace, as frames: those of peers as they came, with their position for a floor. */
 class DeliveryLog {
   /** How many packets there were. */
   position = 0;
-  readonly #uid: string;
   readonly #maxBytes: number;
   readonly #frames: SentLog;
   /** The peer's frame that came last, and the position before it. */
@@ -1117,8 +1118,7 @@ class DeliveryLog {
   readonly #gone = new Map<Room, number>();
   #goneForAll = 0;
 
-  constructor(uid: string, maxBytes: number) {
-    this.#uid = uid;
+  constructor(maxBytes: number) {
     this.#maxBytes = maxBytes;
     this.#frames = new SentLog(maxBytes);
   }
@@ -1171,7 +1171,7 @@ class DeliveryLog {
           const at = frame.floor + section.first + i + 1;
           const parts = packet.map((part) => (typeof part === "string" ? part : Buffer.from(part))); // the log's memory is used again
           const { sender, number } = frame;
-          if (at > position) found.push({ series: this.#uid, position: at, ...to, parts, sender, number });
+          if (at > position) found.push({ position: at, ...to, parts, sender, number });
         }
       }
     }
@@ -1234,44 +1234,53 @@ const isFor = (rooms: readonly Room[], packet: Delivered): boolean =>
   (packet.rooms.length === 0 || packet.rooms.some((room) => rooms.includes(room))) &&
   !packet.except.some((room) => rooms.includes(room));
 
-/** Rooms that stay bound for sessions, and for how many. */
-class Pins {
-  readonly rooms: Map<Room, number> = new Map();
-
-  add(rooms: readonly Room[]): void {
-    for (const room of rooms) this.rooms.set(room, (this.rooms.get(room) ?? 0) + 1);
-  }
-
-  remove(rooms: readonly Room[]): void {
-    for (const room of rooms) {
-      const count = (this.rooms.get(room) ?? 0) - 1;
-      if (count > 0) this.rooms.set(room, count);
-      else this.rooms.delete(room);
-    }
-  }
-}
-
 /** The sessions of a namespace that wait on this server, and what their clients have missed. No I/O. */
 class Sessions {
-  readonly pins = new Pins();
   readonly log: DeliveryLog;
+  /** Rooms that stay bound though nobody may be in them, and for how many sessions. */
+  readonly pinned: Map<Room, number> = new Map();
   readonly #uid: string;
-  readonly #waiting = new Map<string, { readonly session: Session; readonly until: number }>();
-  /** Of each socket: the position at which it came, and the last one that was written to it. */
-  readonly #trails = new Map<SocketId, { readonly base: number; last: number; readonly alias?: Alias | undefined }>();
+  readonly #waiting = new Map<string, Session>();
+  /** Of each socket. */
+  readonly #trails = new Map<SocketId, Trail>();
 
   constructor(uid: string, maxBytes: number) {
     this.#uid = uid;
-    this.log = new DeliveryLog(uid, maxBytes);
+    this.log = new DeliveryLog(maxBytes);
   }
 
-  get all(): Session[] {
-    return [...this.#waiting.values()].map(({ session }) => session);
+  get size(): number {
+    return this.#waiting.size;
   }
 
   get(pid: string): Session | undefined {
-    const { session, until = 0 } = this.#waiting.get(pid) ?? {};
-    return until > performance.now() ? session : undefined;
+    const session = this.#waiting.get(pid);
+    return session && session.until > performance.now() ? session : undefined;
+  }
+
+  /** A session whose client presents an offset; undefined where that is not known, or what was missed behind it no longer. */
+  find(pid: string, offset: string): Session | undefined {
+    const session = this.get(pid);
+    const since = session && this.#since(session, offset);
+    return session && since !== undefined && since >= this.#goneFor(session) ? session : undefined;
+  }
+
+  /** Sessions that can be handed over together: all that have only been here, or that came here together. */
+  get together(): Session[] {
+    const [first] = this.#waiting.values();
+    return [...this.#waiting.values()].filter(({ legacy }) => legacy === first?.legacy);
+  }
+
+  pin(rooms: readonly Room[]): void {
+    for (const room of rooms) this.pinned.set(room, (this.pinned.get(room) ?? 0) + 1);
+  }
+
+  unpin(rooms: readonly Room[]): void {
+    for (const room of rooms) {
+      const count = (this.pinned.get(room) ?? 0) - 1;
+      if (count > 0) this.pinned.set(room, count);
+      else this.pinned.delete(room);
+    }
   }
 
   /** Notes that a packet is written to sockets; gives its offset. */
@@ -1283,30 +1292,17 @@ class Sessions {
     return this.#offset(position);
   }
 
+  /** Whether packets for a room or options are kept though there is no socket for them. */
+  awaits(target: string | BroadcastOptions): boolean {
+    if (this.pinned.size === 0) return false;
+    if (typeof target === "string") return this.pinned.has(target);
+    return target.rooms.size === 0 || [...target.rooms].some((room) => this.pinned.has(room));
+  }
+
   /** A socket is made. */
   begin(sid: SocketId): void {
     const { position } = this.log;
     if (!this.#trails.has(sid)) this.#trails.set(sid, { base: position, last: position });
-  }
-
-  /** A client is lost. */
-  persist(session: SocketSession, ms: number): void {
-    const trail = this.#trails.get(session.sid);
-    if (trail) this.put({ ...session, ...this.#own(trail), ms });
-  }
-
-  /** Whether packets for a room or options are kept though there is no socket for them. */
-  awaits(target: string | BroadcastOptions): boolean {
-    if (this.pins.rooms.size === 0) return false;
-    if (typeof target === "string") return this.pins.rooms.has(target);
-    return target.rooms.size === 0 || [...target.rooms].some((room) => this.pins.rooms.has(room));
-  }
-
-  /** Whether the client of a connected socket may present an offset, and whether it has presented it before. */
-  knows(sid: SocketId, offset: string): "old" | "new" | undefined {
-    const trail = this.#trails.get(sid);
-    if (!trail || this.#positionOf({ owner: this.#uid, ...trail }, offset) === undefined) return undefined;
-    return offset === trail.alias?.offset ? "old" : "new";
   }
 
   /** The socket has gone. */
@@ -1314,108 +1310,106 @@ class Sessions {
     this.#trails.delete(sid);
   }
 
+  /** Whether the client of a connected socket may present an offset, and whether it has presented it before. */
+  knows(sid: SocketId, offset: string): "old" | "new" | undefined {
+    const trail = this.#trails.get(sid);
+    if (!trail || this.#positionOf(offset, { owner: this.#uid, ...trail }) === undefined) return undefined;
+    return offset === trail.alias?.offset ? "old" : "new";
+  }
+
+  /** A client is lost. */
+  persist(session: SocketSession, ms: number): void {
+    const trail = this.#trails.get(session.sid);
+    if (trail) this.put({ ...session, ...this.#owned(trail, this.log.position), until: performance.now() + ms });
+  }
+
   put(session: Session): void {
-    this.pins.remove(this.#waiting.get(session.pid)?.session.rooms ?? []);
-    this.#waiting.set(session.pid, { session, until: performance.now() + session.ms });
-    this.pins.add(session.rooms);
-  }
-
-  /** What the client of a session has missed behind an offset; undefined where that is not known, or no longer. */
-  missed(session: Session, offset: string): Delivered[] | undefined {
-    const position = this.#positionOf(session, offset);
-    if (position === undefined) return undefined;
-    // Who has all that was written to it has missed nothing before it was lost, however long ago that was.
-    const since = position === session.last ? session.lostAt : position;
-    const from = this.#from(session, since);
-    const start = from[this.#uid] ?? 0;
-    if (since < session.gone || start < this.log.gone(session.rooms)) return undefined;
-    return [...session.earlier, ...this.log.after(start, new Set(session.rooms))].filter(
-      (packet) => packet.position > (from[packet.series] ?? Infinity) && isFor(session.rooms, packet),
-    );
-  }
-
-  /** The client of a session is back: what it has missed gets offsets of this server, and the session is one of this server. */
-  renew(
-    session: Session,
-    offset: string,
-    missed: readonly Delivered[],
-    to: Destination,
-  ): { session: Session; offsets: string[] } {
-    this.#waiting.delete(session.pid);
-    const isOwn = session.series === this.#uid;
-    const base = isOwn ? (this.#positionOf(session, offset) ?? 0) : this.log.position;
-    const offsets = missed.map(({ parts, position }) =>
-      this.#offset(isOwn ? position : this.log.add(to, parts, { sender: this.#uid, number: 0 })),
-    );
-    const last = missed.length === 0 ? base : isOwn ? (missed.at(-1)?.position ?? base) : this.log.position;
-    const trail = { base, last, alias: { offset, position: base } };
-    this.#trails.set(session.sid, trail);
-    return { session: { ...session, ...this.#own(trail) }, offsets };
-  }
-
-  /** What the clients of sessions may have missed, whatever their offsets. */
-  needed(sessions: readonly Session[]): Delivered[] {
-    const rooms = new Set(sessions.flatMap((session) => session.rooms));
-    const behind = new Map<string, number>();
-    for (const session of sessions)
-      for (const [series, position] of Object.entries(this.#from(session, session.base)))
-        behind.set(series, Math.min(behind.get(series) ?? Infinity, position));
-    const earlier = new Set(sessions.flatMap((session) => session.earlier));
-    return [...earlier, ...this.log.after(behind.get(this.#uid) ?? 0, rooms)].filter(
-      (packet) => packet.position > (behind.get(packet.series) ?? Infinity),
-    );
-  }
-
-  /** The latest packet for a session that is no longer there; undefined where one is missing that it needs. */
-  goneOf({ series, rooms, gone, takenAt }: Session): number | undefined {
-    const latest = this.log.gone(rooms);
-    if (series === this.#uid) return latest;
-    return takenAt < latest ? undefined : gone;
-  }
-
-  /** Gives a session away as another server takes it over; its rooms stay pinned until its pins are removed. */
-  release({ pid }: Session): Session | undefined {
-    const { session, until } = this.#waiting.get(pid) ?? {};
-    if (!session || until === undefined) return undefined;
-    this.#waiting.delete(pid);
-    const from = session.series === this.#uid ? {} : { ...session.from, [this.#uid]: session.takenAt };
-    return { ...session, from, earlier: [], ms: until - performance.now() };
+    this.unpin(this.#waiting.get(session.pid)?.rooms ?? []);
+    this.#waiting.set(session.pid, session);
+    this.pin(session.rooms);
   }
 
   /**
-   * Takes sessions over with what their server has delivered, and what this one has delivered meanwhile behind that: both
-   * become series of their own, so that no other session meets them.
+   * The client of a session is back, and the session is one of this server from here on. Gives the position in the log behind
+   * which the packets that the client has missed stand. Its rooms stay pinned.
    */
-  take(
-    id: string,
-    sessions: readonly Session[],
-    delivered: readonly Delivered[],
-    meanwhile: readonly Delivered[],
-  ): void {
-    const takenAt = this.log.position;
-    const earlier = [
-      ...delivered.map((packet) => ({ ...packet, series: `${id}:${packet.series}` })),
-      ...meanwhile.map((packet) => ({ ...packet, series: id, position: LAST })),
-    ];
-    for (const session of sessions) {
-      const former = Object.entries(session.from).map(([series, from]) => [`${id}:${series}`, from]);
-      const from = { ...Object.fromEntries(former), [id]: 0 };
-      this.put({ ...session, series: `${id}:${session.series}`, from, earlier, takenAt });
+  renew(session: Session, offset: string, to: Destination): [Session, number] {
+    this.#waiting.delete(session.pid);
+    const { legacy, ...own } = session;
+    const since = this.#since(session, offset) ?? 0;
+    const base = legacy ? this.log.position : since;
+    if (legacy) {
+      const missed = this.#delivered([session], since).filter((packet) => isFor(session.rooms, packet));
+      for (const { parts } of missed) this.log.add(to, parts, { sender: this.#uid, number: 0 });
     }
+    const trail = { base, last: base, alias: { offset, position: base } };
+    this.#trails.set(session.sid, trail);
+    return [{ ...own, ...this.#owned(trail, base) }, base];
+  }
+
+  /** What a session of this server has missed behind a position; undefined where that is not known any more. */
+  missed({ rooms }: Session, since: number): Delivered[] | undefined {
+    if (since < this.log.gone(rooms)) return undefined;
+    return this.log.after(since, new Set(rooms)).filter((packet) => isFor(rooms, packet));
+  }
+
+  /**
+   * Gives sessions away that can be handed over together, with what their clients have missed behind an offset, or behind
+   * whatever they may present. Their rooms stay pinned.
+   */
+  release(sessions: readonly Session[], offset: string | undefined): (HandedSession | Delivered)[] {
+    const now = performance.now();
+    let since = LAST;
+    const handed = sessions.flatMap((session) => {
+      const { legacy: _, until, ...rest } = session;
+      const gone = this.#goneFor(session);
+      const position = offset === undefined ? session.base : this.#since(session, offset);
+      this.#waiting.delete(session.pid);
+      if (position === undefined || gone === LAST) return [];
+      since = Math.min(since, position);
+      return [{ ...rest, gone, ms: until - now }];
+    });
+    return [...handed, ...this.#delivered(sessions, since)];
+  }
+
+  /** Sessions that another server has released wait here from now on. */
+  inherit(sessions: readonly HandedSession[], legacy: Legacy): void {
+    for (const { ms, ...session } of sessions) this.put({ ...session, until: performance.now() + ms, legacy });
   }
 
   /** Gives the sessions whose time is over. */
   expire(ms: number, isUsed: (room: Room) => boolean): Session[] {
     const now = performance.now();
-    this.log.expire(now - ms, (room) => isUsed(room) || this.pins.rooms.has(room));
-    const over = [...this.#waiting.values()].flatMap(({ session, until }) => (until < now ? [session] : []));
+    this.log.expire(now - ms, (room) => isUsed(room) || this.pinned.has(room));
+    const over = [...this.#waiting.values()].filter(({ until }) => until < now);
     for (const { pid } of over) this.#waiting.delete(pid);
     return over;
   }
 
-  /** Behind which position of each series a session's packets are, if its client has all of its owner's up to one. */
-  #from({ series, from, takenAt }: Session, since: number): Record<string, number> {
-    return { ...from, [this.#uid]: takenAt, [series]: since };
+  /** What was delivered for sessions that came together, behind a position of their owner. */
+  #delivered(sessions: readonly Session[], since: number): Delivered[] {
+    const rooms = new Set(sessions.flatMap((session) => session.rooms));
+    const legacy = sessions[0]?.legacy;
+    if (!legacy) return this.log.after(since, rooms);
+    const later = this.log.after(legacy.begin, rooms).filter((packet) => legacy.isLater(packet));
+    return [
+      ...legacy.delivered.filter(({ position }) => position > since),
+      ...later.map((packet) => ({ ...packet, position: LAST })),
+    ];
+  }
+
+  /** The latest position of a session's owner of which a packet for it is not here any more. */
+  #goneFor({ rooms, gone, legacy }: Session): number {
+    const latest = this.log.gone(rooms);
+    if (!legacy) return latest;
+    return legacy.begin < latest ? LAST : gone;
+  }
+
+  /** Behind which position a client's missed packets are, by the offset that it presents. */
+  #since(session: Session, offset: string): number | undefined {
+    const position = this.#positionOf(offset, session);
+    // Who has all that was written to it has missed nothing before it was lost, however long ago that was.
+    return position === session.last ? session.lostAt : position;
   }
 
   /** An offset of this server is its name and a position. */
@@ -1423,23 +1417,13 @@ class Sessions {
     return `${this.#uid}.${position}`;
   }
 
-  /** What a session of this server is beyond that of Socket.IO. */
-  #own(trail: { base: number; last: number; alias?: Alias | undefined }) {
-    const { position } = this.log;
-    return {
-      owner: this.#uid,
-      series: this.#uid,
-      ...trail,
-      lostAt: position,
-      from: {},
-      gone: 0,
-      earlier: [],
-      takenAt: position,
-    };
+  /** What makes a session one of this server, whose client is lost at a position. */
+  #owned(trail: Trail, lostAt: number) {
+    return { ...trail, owner: this.#uid, lostAt, gone: 0 };
   }
 
   /** What an offset stands for that the client may have; undefined for any other. */
-  #positionOf({ owner, base, last, alias }: Known, offset: string): number | undefined {
+  #positionOf(offset: string, { owner, base, last, alias }: Trail & { owner: string }): number | undefined {
     if (offset === alias?.offset) return alias.position;
     const [uid, digits = ""] = offset.split(".");
     if (uid !== owner || !/^\d{1,15}$/.test(digits)) return undefined;
@@ -1452,10 +1436,10 @@ interface RecoveryLinks {
   readonly uid: string;
   /** The other servers that have the namespace open; none while the broker is away. */
   peers(): string[];
-  /** Asks servers. Each answers with lists, of which the last one is marked. */
+  /** Asks servers. Each answers with a list, in parts. */
   ask(
     peers: string[],
-    ms: number,
+    until: number,
     question: Question,
     take: (list: unknown[], from: string, isLast: boolean) => void,
   ): Promise<unknown>;
@@ -1471,51 +1455,31 @@ interface RecoveryLinks {
   routeTo(sid: SocketId): Destination;
   /** What a user should know. */
   report(error: Error): void;
-  /** A packet's data, with its offset. */
-  data(parts: readonly Part[], offset: string): unknown[];
+  /** Writes a packet to a socket, with its offset. */
+  write(socket: Socket, parts: readonly Part[], offset: string): void;
 }
-/** What a server asks another one: for a session, or for all; for what their clients have missed; to take its own, for it closes. */
-type Question =
-  | { type: "claim"; pid?: string; offset?: string }
-  | { type: "missed"; pids: string[]; offset?: string }
-  | { type: "offer" };
-/** The first entry of an answer to `missed`; without it the server is not ready. */
+
+type RecoveryMessage = Extract<Message, { type: "find" | "claim" | "offer" }>;
+type Question = RecoveryMessage extends infer M ? (M extends RecoveryMessage ? Omit<M, "id"> : never) : never;
+/** A session that waits on the server that says so, or is on its way to it. */
+type Found = { readonly pid: string; readonly rooms: Room[] } | { readonly isMoving: true };
+/** The first entry of an answer to a claim: of each peer, the number of the last frame that is in it. Without it the server is not ready. */
 interface Heard {
-  /** Of each peer, the number of the last frame that is in the answer. */
   readonly heard: Record<string, number>;
-  /** Of each session that is handed over, the latest packet for it that is no longer there. */
-  readonly gone: Record<string, number>;
 }
 
-/** A session whose client is about to be connected. */
-interface Arrival {
-  readonly session: Session;
-  readonly missedPackets: unknown[][];
-  /** Up to which position of the log they are. */
-  upTo: number;
-  /** Whether Socket.IO has read them. */
-  isMade: boolean;
-}
-
-/** How long the client of a connection has to answer a ping, in ms. */
-const PONG = 300;
 /** How long until a server is asked again that is not ready to hand a session over, in ms. */
-const CLAIM_AGAIN = 20;
-/** How long before a client is known to be lost its connection may have been dead, in ms. */
-const NOTICE = 60_000;
+const ASK_LATER = 20;
 
 /** Hands sessions over to other servers, and takes them over. */
 class Handover {
+  /** When this server began to close. */
+  isClosing = false;
   readonly #links: RecoveryLinks;
   readonly #sessions: Sessions;
   readonly #timeoutMs: number;
-  /** Sessions that another server has claimed, and until when it may fetch what their clients have missed. */
-  readonly #claimed = new Map<string, { readonly session: Session; readonly until: number }>();
-  /** Sessions of a closing server that are on their way to another one. */
+  /** Sessions that are on their way here. */
   readonly #moving = new Set<string>();
-  /** How many sessions are being fetched from other servers. */
-  #fetching = 0;
-  isClosing = false;
 
   constructor(links: RecoveryLinks, sessions: Sessions, timeoutMs: number) {
     this.#links = links;
@@ -1523,157 +1487,124 @@ class Handover {
     this.#timeoutMs = timeoutMs;
   }
 
-  /** Fetches a session from the server that lost the client, or from any other; resolves with whether it is on its way. */
+  /** Takes a session over from the server that lost the client, or from any other; resolves with whether it is on its way. */
   async fetch(pid: string, offset: string, until: number): Promise<boolean> {
+    if (this.#moving.has(pid)) return true;
     const [owner] = offset.split(".");
     const peers = this.#links.peers();
-    let isMoving = this.#moving.has(pid);
-    this.#fetching++;
-    try {
-      for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
-        if (this.isClosing || this.#sessions.get(pid)) break;
-        const claim = await this.#claim(asked, { type: "claim", pid, offset }, until);
-        isMoving ||= claim.isMoving;
-        await this.#takeOver(claim.from, claim.sessions, until, offset);
-      }
-    } finally {
-      this.#fetching--;
+    for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
+      if (this.isClosing || this.#sessions.get(pid)) break;
+      if (await this.#takeOver(asked, { type: "find", pid, offset }, until)) return true;
     }
-    return isMoving;
+    return false;
   }
 
-  /** A peer asks for a session whose client has come to it, or for all. They are its own from here on. */
-  onClaim(pid: string | undefined, found: readonly Session[]): (Session | { isMoving: true })[] {
+  /** Which of these sessions a peer may claim. */
+  onFind(pid: string | undefined, sessions: readonly Session[]): Found[] {
     if (pid !== undefined && this.#moving.has(pid)) return [{ isMoving: true }];
-    return found.flatMap((session) => {
-      if (lengthOf(session.data) === Infinity) {
-        this.#links.report(
-          new TypeError(`The data of socket ${session.sid} cannot be sent to the server it came back to`),
-        );
-        return [];
-      }
-      const released = this.#sessions.release(session);
-      if (!released) return [];
-      this.#claimed.set(session.pid, { session, until: performance.now() + this.#timeoutMs });
-      if (pid === undefined) this.#moving.add(session.pid);
-      return [released];
+    return sessions.flatMap(({ pid, sid, rooms, data }) => {
+      if (lengthOf(data) < Infinity) return [{ pid, rooms }];
+      this.#links.report(new TypeError(`The data of socket ${sid} cannot be sent to the server it came back to`));
+      return [];
     });
   }
 
-  /** A peer asks for what the clients of sessions have missed that it has claimed. All that comes later comes to it. */
-  onMissed(pids: readonly string[], offset: string | undefined): (Heard | Delivered)[] {
+  /** A peer claims sessions: they are its own from here on, and all that is delivered later comes to it. */
+  onClaim(pids: readonly string[], offset: string | undefined): (Heard | HandedSession | Delivered)[] {
     const heard = this.#links.heard();
     if (!heard) return [];
-    const claimed = pids.flatMap((pid) => this.#claimed.get(pid)?.session ?? []);
-    for (const pid of pids) this.#claimed.delete(pid);
-    const gone: Record<string, number> = {};
-    const missed: Delivered[] = [];
-    const whole = claimed.filter((session) => {
-      const packets = offset === undefined ? [] : this.#sessions.missed(session, offset);
-      const latest = packets && this.#sessions.goneOf(session);
-      if (latest === undefined) return false; // the log has let a part of it go
-      missed.push(...(packets ?? []));
-      gone[session.pid] = latest;
-      return true;
-    });
-    if (offset === undefined) missed.push(...this.#sessions.needed(whole));
-    this.unpin(claimed);
-    return [{ heard, gone }, ...missed];
+    const found = pids.flatMap((pid) => this.#sessions.get(pid) ?? []);
+    const sessions = found.filter(({ legacy }) => legacy === found[0]?.legacy);
+    const released = this.#sessions.release(sessions, offset);
+    this.unpin(sessions);
+    return [{ heard }, ...released];
   }
 
   /** A peer closes: its sessions wait here from now on. */
   async onOffer(from: string): Promise<void> {
-    if (this.isClosing) return;
-    const until = performance.now() + this.#timeoutMs;
-    const { sessions } = await this.#claim([from], { type: "claim" }, until);
-    for (const { pid } of sessions) this.#moving.add(pid);
-    await this.#takeOver(from, sessions, until);
-    for (const { pid } of sessions) this.#moving.delete(pid);
+    if (!this.isClosing) await this.#takeOver([from], { type: "find" }, performance.now() + this.#timeoutMs);
   }
 
-  /** Whoever has claimed sessions and fetched nothing has died: they wait on. */
-  expire(): void {
-    for (const { session, until } of this.#claimed.values()) {
-      if (until > performance.now()) continue;
-      this.#claimed.delete(session.pid);
-      this.#sessions.put(session);
-      this.unpin([session]);
-    }
-  }
-
-  /** Hands all sessions over to another server, as far as that takes no longer than `requestsTimeout`. */
+  /** Hands all sessions over to other servers, as far as that takes no longer than `requestsTimeout`. */
   async close(): Promise<void> {
     this.isClosing = true;
     const until = performance.now() + this.#timeoutMs;
-    for (; performance.now() < until; await Bun.sleep(CLAIM_AGAIN)) {
-      const [peers, waiting] = [this.#links.peers(), this.#sessions.all.length];
-      if (peers.length === 0 || waiting + this.#claimed.size + this.#fetching === 0) break;
-      if (waiting === 0) continue;
-      await this.#links.ask(peers, until - performance.now(), { type: "offer" }, () => {});
-      if (this.#sessions.all.length === waiting) break; // all others close as well
+    const refusing = new Set<string>();
+    while (this.#sessions.size + this.#moving.size > 0 && performance.now() < until) {
+      const [session] = this.#sessions.together;
+      const peer = this.#links.peers().find((uid) => !refusing.has(uid));
+      if (!session) {
+        await Bun.sleep(ASK_LATER); // some are on their way here
+        continue;
+      }
+      if (!peer) break; // there is no other server, or all close as well
+      await this.#links.ask([peer], until, { type: "offer" }, () => {});
+      if (this.#sessions.get(session.pid) === session) refusing.add(peer);
     }
   }
 
   /** The rooms of sessions need not stay bound for them any more. */
-  unpin(sessions: readonly Session[]): void {
+  unpin(sessions: readonly { readonly rooms: Room[] }[]): void {
     const rooms = sessions.flatMap((session) => session.rooms);
-    this.#sessions.pins.remove(rooms);
+    this.#sessions.unpin(rooms);
     void this.#links.follow(rooms);
   }
 
-  async #claim(peers: string[], question: Question, until: number) {
-    const claim = { sessions: [] as Session[], from: "", isMoving: false };
-    await this.#links.ask(peers, until - performance.now(), question, (list, from) => {
-      const sessions = list.filter(isSession);
-      if (sessions.length > 0) claim.from = from;
-      claim.sessions.push(...sessions);
-      claim.isMoving ||= list.some((item) => isRecord(item) && item["isMoving"] === true);
-    });
-    return claim;
-  }
-
   /**
-   * Takes claimed sessions over: binds their rooms, then fetches what their clients have missed. The answer stands in the
-   * stream of the peer's frames, and the question in this server's: so what the peer has emitted comes before the answer if it
-   * is in it, and what this server has emitted is in the answer if that was before the question. Of all others' frames the
-   * answer tells up to which number they are in it.
+   * Takes sessions over: binds their rooms, then claims them. Resolves with whether they are on the way to another server.
+   * The answer stands in the stream of the peer's frames, and the claim in this server's: so what the peer has emitted comes
+   * before the answer if it is in it, and what this server has emitted is in the answer if that was before the claim. Of all
+   * others' frames the answer tells up to which number they are in it.
    */
-  async #takeOver(from: string, sessions: readonly Session[], until: number, offset?: string): Promise<void> {
-    if (sessions.length === 0) return;
-    const { uid, heard, peers, follow, ask } = this.#links;
+  async #takeOver(peers: string[], question: Question & { type: "find" }, until: number): Promise<boolean> {
+    const { ask, follow } = this.#links;
     const { log } = this.#sessions;
-    const rooms = sessions.flatMap((session) => session.rooms);
+    const found: (Found & { from: string })[] = [];
+    await ask(peers, until, question, (list, from) =>
+      found.push(...list.filter(isFound).map((item) => ({ ...item, from }))),
+    );
+    const sessions = found.filter((item) => "pid" in item);
+    const [first] = sessions;
+    if (!first) return found.length > 0;
+    const { from } = first;
     const pids = sessions.map(({ pid }) => pid);
-    const question: Question = { type: "missed", pids, ...(offset !== undefined && { offset }) };
+    const rooms = sessions.flatMap((session) => session.rooms);
     const begin = log.position;
-    this.#sessions.pins.add(rooms);
+    for (const pid of pids) this.#moving.add(pid);
+    this.#sessions.pin(rooms);
     await within(until - performance.now(), Promise.resolve(follow(rooms)));
-    for (let isTaken = false; !isTaken && performance.now() < until && peers().includes(from);) {
+    for (let isTaken = false; !isTaken && performance.now() < until && this.#links.peers().includes(from);) {
       const items: unknown[] = [];
-      const asked = log.position;
-      const take = (list: unknown[], _: string, isLast: boolean) => {
+      const claimedAt = log.position;
+      const { offset } = question;
+      await ask([from], until, { type: "claim", pids, ...(offset !== undefined && { offset }) }, (list, _, isLast) => {
         items.push(...list);
-        const answer = items.find(isHeard);
-        if (!isLast || !answer) return;
-        const taken = sessions.flatMap((session) => {
-          const gone = answer.gone[session.pid];
-          return gone === undefined ? [] : [{ ...session, gone }];
-        });
-        const meanwhile = log.after(begin, new Set(rooms)).filter(({ position, sender, number }) => {
-          if (sender === from) return false;
+        const { heard } = items.find(isHeard) ?? {};
+        if (!isLast || !heard) return;
+        const takenAt = log.position;
+        const isLater = ({ sender, number, position }: Delivered) => {
+          if (sender === from) return position > takenAt;
           // Own ones and those of other AMQP clients have no number.
-          if (sender === uid || sender === FOREIGN.sender) return position > asked;
-          return number > (answer.heard[sender] ?? 0);
-        });
-        this.#sessions.take(`${from}/${begin}/${pids[0]}`, taken, items.filter(isDelivered), meanwhile);
+          return number > 0 ? number > (heard[sender] ?? 0) : position > claimedAt;
+        };
+        this.#sessions.inherit(items.filter(isHandedSession), { delivered: items.filter(isDelivered), begin, isLater });
         isTaken = true;
-      };
-      if (heard()) await ask([from], until - performance.now(), question, take);
-      if (!isTaken) await Bun.sleep(CLAIM_AGAIN);
+      });
+      if (!isTaken) await Bun.sleep(ASK_LATER);
     }
+    for (const pid of pids) this.#moving.delete(pid);
     this.unpin(sessions);
+    return false;
   }
 }
+
+/** A session whose client is about to be connected, and the position behind which what it has missed stands in the log. */
+type Arrival = readonly [session: Session, since: number];
+
+/** How long the client of a connection has to answer a ping, in ms. */
+const PONG = 300;
+/** How long before a client is known to be lost its connection may have been dead, in ms. */
+const NOTICE = 60_000;
 
 /** Finds the session of a client that comes back, and gives it what it has missed until it is connected. */
 class Recovery {
@@ -1693,10 +1624,10 @@ class Recovery {
     this.#timeoutMs = timeoutMs;
     this.sessions = new Sessions(links.uid, maxBytes);
     this.handover = new Handover(links, this.sessions, timeoutMs);
-    this.#sweep = setInterval(() => {
-      this.handover.unpin(this.sessions.expire(maxMs + NOTICE, links.hasRoom));
-      this.handover.expire();
-    }, 1_000);
+    this.#sweep = setInterval(
+      () => this.handover.unpin(this.sessions.expire(maxMs + NOTICE, (room) => links.hasRoom(room))),
+      1_000,
+    );
     this.#sweep.unref();
   }
 
@@ -1705,60 +1636,56 @@ class Recovery {
   }
 
   /** The session of a client that comes back. Rejects where none waits, or what was missed is not known any more. */
-  async restore(pid: string, offset: string): Promise<SocketSession & { missedPackets: unknown[][] }> {
+  async restore(pid: string, offset: string): Promise<Restored> {
     const until = performance.now() + this.#timeoutMs;
     let isMoving: boolean;
     do {
       await this.#closeOld(pid, offset);
-      let found = this.#find(pid, offset);
+      let found = this.sessions.find(pid, offset);
       isMoving = !found && (await this.handover.fetch(pid, offset, until));
       // Its socket may be on the way to being connected, and have lost its connection again.
-      isMoving ||= this.#arrivals.values().some(({ session }) => session.pid === pid);
-      found ??= this.#find(pid, offset);
-      if (found && !this.handover.isClosing) return this.#arrive(found.session, found.missed, offset);
-      if (isMoving) await Bun.sleep(CLAIM_AGAIN);
+      isMoving ||= this.#arrivals.values().some(([session]) => session.pid === pid);
+      found ??= this.sessions.find(pid, offset);
+      if (found && !this.handover.isClosing) return this.#arrive(found, offset);
+      if (isMoving) await Bun.sleep(ASK_LATER);
     } while (isMoving && performance.now() < until);
     // A server that closes keeps the client waiting: when its connection ends, it finds its session on another one.
     if (this.handover.isClosing) return new Promise(() => {});
     throw new Error("No such session waits here or elsewhere");
   }
 
-  /** A peer asks for a session whose client has come to it, or for all. */
-  async onClaim(pid: string | undefined, offset = ""): Promise<unknown[]> {
-    if (pid === undefined) return this.handover.onClaim(pid, this.sessions.all);
+  /** A peer asks for the session of a client that has come to it, or for as many as can be handed over together. */
+  async onFind(pid: string | undefined, offset = ""): Promise<Found[]> {
+    if (pid === undefined) return this.handover.onFind(pid, this.sessions.together);
     await this.#closeOld(pid, offset);
-    const found = this.#find(pid, offset);
-    return this.handover.onClaim(pid, found ? [found.session] : []);
+    const session = this.sessions.find(pid, offset);
+    return this.handover.onFind(pid, session ? [session] : []);
   }
 
-  /** A socket that is made joins its rooms: what has come since its session was found goes with what was missed before. */
-  joins(sid: SocketId): void {
-    this.sessions.begin(sid);
-    const arrival = this.#arrivals.get(sid);
-    if (!arrival || arrival.isMade) return;
-    arrival.isMade = true;
-    for (const data of this.#late(arrival)) arrival.missedPackets.push(data);
-  }
-
-  /** A socket is connected: what has come since it joined its rooms, as its middlewares ran, follows. */
+  /**
+   * A socket is connected, and gets what it has missed. Socket.IO would send that before the answer to CONNECT: a client that
+   * loses its connection between the two keeps it, and gets it twice.
+   */
   connected(socket: Socket): void {
     if (socket.pid !== undefined) this.#sockets.set(socket.pid, socket);
-    const arrival = this.#arrivals.get(socket.id);
-    if (!arrival) return;
-    for (const data of this.#late(arrival)) socket.packet({ type: EVENT, data });
+    const [session, since = 0] = this.#arrivals.get(socket.id) ?? [];
+    if (!session) return;
+    const missed = this.sessions.missed(session, since);
+    if (!missed) return socket.client.conn.close(); // middlewares took too long: it begins anew
     this.#arrivals.delete(socket.id);
-    this.handover.unpin([arrival.session]);
+    for (const { parts, position } of missed) this.#links.write(socket, parts, this.sessions.wrote([socket], position));
+    this.handover.unpin([session]);
   }
 
   /** A socket has gone. One that was never connected leaves its session as it found it. */
   left(sid: SocketId): void {
-    const arrival = this.#arrivals.get(sid);
+    const [session] = this.#arrivals.get(sid) ?? [];
     this.#arrivals.delete(sid);
     this.#sockets.delete(this.#links.sockets.get(sid)?.pid ?? "");
     this.sessions.forget(sid);
-    if (!arrival) return;
-    this.sessions.put(arrival.session);
-    this.handover.unpin([arrival.session]);
+    if (!session) return;
+    this.sessions.put(session);
+    this.handover.unpin([session]);
   }
 
   async close(): Promise<void> {
@@ -1781,41 +1708,15 @@ class Recovery {
     socket.client.conn.close();
   }
 
-  /** A session that waits here, and what its client has missed. */
-  #find(pid: string, offset: string): { session: Session; missed: Delivered[] } | undefined {
-    const session = this.sessions.get(pid);
-    const missed = session && this.sessions.missed(session, offset);
-    return missed && { session, missed };
-  }
-
-  #arrive(
-    session: Session,
-    missed: readonly Delivered[],
-    offset: string,
-  ): SocketSession & { missedPackets: unknown[][] } {
+  #arrive(session: Session, offset: string): Restored {
     const { sid, pid, rooms, data } = session;
-    const renewed = this.sessions.renew(session, offset, missed, this.#links.routeTo(sid));
-    const missedPackets = missed.map(({ parts }, i) => this.#links.data(parts, renewed.offsets[i] ?? ""));
-    // What comes until the socket is there is added: Socket.IO reads the array then.
-    const upTo = this.sessions.log.position;
-    this.#arrivals.set(sid, { session: renewed.session, missedPackets, upTo, isMade: false });
-    return { sid, pid, rooms, data, missedPackets };
-  }
-
-  /** The data of the packets for an arriving client that have come since this was asked. */
-  #late(arrival: Arrival): unknown[][] {
-    const { session, upTo } = arrival;
-    const { log } = this.sessions;
-    arrival.upTo = log.position;
-    return log.after(upTo, new Set(session.rooms)).flatMap((packet) => {
-      if (!isFor(session.rooms, packet)) return [];
-      return [this.#links.data(packet.parts, this.sessions.wrote([{ id: session.sid }], packet.position))];
-    });
+    this.#arrivals.set(sid, this.sessions.renew(session, offset, this.#links.routeTo(sid)));
+    return { sid, pid, rooms, data, missedPackets: [] };
   }
 }
 
 /** Whether the other end of a connection answers. */
-function answersPing(conn: Socket["client"]["conn"]): Promise<boolean> {
+function answersPing(conn: Connected): Promise<boolean> {
   const { promise, resolve } = Promise.withResolvers<boolean>();
   const timer = setTimeout(() => resolve(false), PONG);
   conn.once("heartbeat", () => resolve(true));
@@ -1824,18 +1725,13 @@ function answersPing(conn: Socket["client"]["conn"]): Promise<boolean> {
   return promise.finally(() => clearTimeout(timer));
 }
 
-const isSession = (item: unknown): item is Session =>
-  isRecord(item) &&
-  [item["sid"], item["pid"], item["owner"], item["series"]].every(isString) &&
-  isRooms(item["rooms"]) &&
-  isRecord(item["from"]);
+const isFound = (item: unknown): item is Found =>
+  isRecord(item) && (item["isMoving"] === true || (isString(item["pid"]) && isRooms(item["rooms"])));
+const isHandedSession = (item: unknown): item is HandedSession =>
+  isRecord(item) && [item["sid"], item["pid"], item["owner"]].every(isString) && isRooms(item["rooms"]);
 const isDelivered = (item: unknown): item is Delivered =>
-  isRecord(item) &&
-  isString(item["series"]) &&
-  isRooms(item["rooms"]) &&
-  isRooms(item["except"]) &&
-  isParts(item["parts"]);
-const isHeard = (item: unknown): item is Heard => isRecord(item) && isRecord(item["heard"]) && isRecord(item["gone"]);
+  isRecord(item) && isRooms(item["rooms"]) && isRooms(item["except"]) && isParts(item["parts"]);
+const isHeard = (item: unknown): item is Heard => isRecord(item) && isRecord(item["heard"]);
 
 // ── The emitter ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -2901,7 +2797,7 @@ class Node implements Context {
 // ── Receiving: one state per peer, of what has come, what is missing and what waits for it ───────────────────────────
 
 /** How many of the latest numbers are remembered: more frames than `IN_FLIGHT` bytes hold that a peer publishes again. */
-const REMEMBERED = 4_096;
+const REMEMBERED = 16_384;
 
 /** Which numbers have come: the anti-replay window of RFC 6479. */
 class ReceiveWindow {
@@ -3127,7 +3023,7 @@ interface Waiting {
 }
 
 /** A frame takes packets up to about this many bytes. */
-const FRAME_SIZE = 32 * 1024;
+const FRAME_SIZE = 64 * 1024;
 /** What a packet that waits costs beyond its content, about (bytes). */
 const WAITING_OVERHEAD = 160;
 /** Up to so many other servers, a frame for at least as many rooms goes to everyone; measured against 64 keys. */
@@ -3252,7 +3148,12 @@ class Batcher {
 
 const isSame = (a: Destination, b: Destination): boolean =>
   a === b ||
-  (a.head === b.head && a.kind === b.kind && a.keys[0] === b.keys[0] && a.nsp === b.nsp && a.volatile === b.volatile);
+  (a.head === b.head &&
+    a.kind === b.kind &&
+    a.nsp === b.nsp &&
+    a.volatile === b.volatile &&
+    a.keys.length === b.keys.length &&
+    a.keys.every((key, i) => key === b.keys[i]));
 
 /** Whether packets for both may travel in one frame: the kinds up to options with one another, messages with messages. */
 const mayShare = (a: Destination, b: Destination): boolean =>
@@ -3262,7 +3163,7 @@ const mayShare = (a: Destination, b: Destination): boolean =>
   Math.max(a.kind, SectionKind.Options) === Math.max(b.kind, SectionKind.Options);
 
 /** The log's memory comes in blocks of this many bytes, or less where `journal.bytes` is small; a larger frame has its own. */
-const BLOCK = 256 * 1024;
+const BLOCK = 512 * 1024;
 
 /** Consecutive frames, one behind the other. */
 interface Block {
@@ -3397,7 +3298,7 @@ const SPACING = 1;
 const WINDOW = 8;
 const STALLED_SPACING = 10;
 /** How many bytes may be unconfirmed before the next frame waits. */
-const IN_FLIGHT = 256 * 1024;
+const IN_FLIGHT = 512 * 1024;
 /** How many predecessors a frame names at most, and how many digests of them. */
 const MAX_PREDECESSORS = 8;
 const MAX_DIGESTS = 64;
@@ -3609,8 +3510,7 @@ const JOINED_FROM_AFAR = 10_000;
 /** Which routing keys the packets and messages of a namespace take. */
 class Routes {
   readonly nsp: string;
-  /** Whether rooms named like a socket id have a key of their own. */
-  readonly #bound: boolean;
+  readonly #socketRooms: boolean;
   readonly #everyone: Destination;
   readonly #messages: Destination;
   /** By room. */
@@ -3618,11 +3518,17 @@ class Routes {
   /** Rooms that sockets of other servers were made to join, and until when their packets go to everyone (ms, monotonic). */
   readonly #fromAfar = new Map<Room, number>();
 
-  constructor(nsp: string, bound: boolean) {
+  /** `socketRooms`: whether rooms named like a socket id have a key of their own. */
+  constructor(nsp: string, socketRooms: boolean) {
     this.nsp = nsp;
-    this.#bound = bound;
+    this.#socketRooms = socketRooms;
     this.#everyone = { nsp, kind: SectionKind.Everyone, head: "", keys: [namespaceKey(nsp)], volatile: false };
     this.#messages = { ...this.#everyone, kind: SectionKind.Messages };
+  }
+
+  /** Whether a room has a routing key of its own; the packets for others go to everyone. */
+  hasKey(room: Room): boolean {
+    return this.#socketRooms || !isSocketId(room);
   }
 
   packets(opts: BroadcastOptions): Destination {
@@ -3681,7 +3587,7 @@ class Routes {
   #keys(rooms: Iterable<Room>): readonly string[] {
     const keys = new Set<string>();
     for (const room of rooms) {
-      if (this.#isFromAfar(room) || (!this.#bound && isSocketId(room))) return this.#everyone.keys;
+      if (this.#isFromAfar(room) || !this.hasKey(room)) return this.#everyone.keys;
       keys.add(roomKey(this.nsp, room));
     }
     return keys.size === 0 ? this.#everyone.keys : [...keys];
@@ -4620,9 +4526,9 @@ type Message =
   | { type: "disconnect"; opts: WireOptions; close: boolean }
   | { type: "emit"; id?: string | undefined; args: unknown[] }
   | { type: "fetch"; id: string; opts: WireOptions }
-  /** Of sessions: who asks takes one over, or all; wants to know what their clients have missed; offers its own. */
-  | { type: "claim"; id: string; pid?: string; offset?: string }
-  | { type: "missed"; id: string; pids: string[]; offset?: string }
+  /** Of sessions: asks for one, or for all; takes them over; offers its own. */
+  | { type: "find"; id: string; pid?: string; offset?: string }
+  | { type: "claim"; id: string; pids: string[]; offset?: string }
   | { type: "offer"; id: string }
   /** The event is encoded by the sender's parser. */
   | { type: "broadcast"; id: string; opts: WireOptions; timeout: number; packet: Part[] }
@@ -4678,8 +4584,8 @@ const MESSAGES: Checks<Message> = {
   disconnect: ({ opts }) => isOptions(opts),
   emit: ({ id, args }) => (id === undefined || isString(id)) && Array.isArray(args),
   fetch: ({ id, opts }) => isString(id) && isOptions(opts),
-  claim: ({ id, pid, offset }) => [id, pid ?? "", offset ?? ""].every(isString),
-  missed: ({ id, pids, offset }) => Array.isArray(pids) && [id, offset ?? "", ...pids].every(isString),
+  find: ({ id, pid, offset }) => [id, pid ?? "", offset ?? ""].every(isString),
+  claim: ({ id, pids, offset }) => Array.isArray(pids) && [id, offset ?? "", ...pids].every(isString),
   offer: ({ id }) => isString(id),
   broadcast: ({ id, opts, timeout, packet }) =>
     isString(id) && isOptions(opts) && Number(timeout) >= 0 && isParts(packet),
