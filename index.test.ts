@@ -854,6 +854,33 @@ describe("namespaces", () => {
     }
   });
 
+  test("stay open under a client that is on its way, though another one goes", async () => {
+    const link = await Proxy.open(broker.port);
+    const node = await start(
+      { amqpConnection: () => connect(`amqp://guest:guest@127.0.0.1:${link.port}`) },
+      { cleanupEmptyChildNamespaces: true },
+    );
+    closers.push(async () => {
+      await node.adapter.close();
+      link.close();
+    });
+    node.io.of(/^\/dynamic-/);
+    await node.adapter.ready;
+    link.latency = 100; // clients are held back until their namespace is bound
+    const [ann, bob] = [0, 1].map(() => {
+      const manager = new Manager(`http://127.0.0.1:${node.port}`, { transports: ["websocket"], reconnection: false });
+      closers.unshift(() => manager._close());
+      return manager.socket("/dynamic-1");
+    });
+    if (!ann || !bob) throw new Error("two clients");
+    const connected = received(bob, "connect");
+    const coming = () => node.io._nsps.get("/dynamic-1") as { _preConnectSockets?: Map<string, Socket> } | undefined;
+    await eventually(() => expect(coming()?._preConnectSockets?.size).toBe(2));
+    ann.io.engine.close();
+    await connected;
+    expect(node.io.of("/dynamic-1").sockets.has(bob.id ?? "")).toBe(true);
+  });
+
   test("close together, with what is being bound and unbound", async () => {
     for (let round = 0; round < 8; round++) {
       const nodes = await cluster();

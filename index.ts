@@ -333,9 +333,13 @@ interface OpenNamespace extends Namespace {
   readonly server: Namespace["server"] & {
     readonly opts?: { readonly connectionStateRecovery?: { readonly maxDisconnectionDuration: number } };
   };
-  readonly sockets?: ReadonlyMap<SocketId, Socket>;
+  readonly sockets?: Map<SocketId, Socket>;
+  /** Sockets that are not connected yet: their middlewares run. */
+  readonly _preConnectSockets?: Map<SocketId, unknown>;
   /** Runs the middlewares. */
   run?(socket: unknown, next: unknown): void;
+  /** A socket goes. That of a namespace that is made from a pattern may close the namespace. */
+  _remove?(socket: { readonly id: SocketId }): void;
   on?(event: "connect", listener: (socket: Socket) => void): unknown;
   off?(event: "connect", listener: (socket: Socket) => void): unknown;
 }
@@ -608,6 +612,9 @@ class BoundAdapter extends LocalAdapter {
   readonly key: string;
   protected readonly node: Node;
   protected readonly routes: Routes;
+  /** Rooms with names that are too long for a key, by the hash that is their key. */
+  readonly #hashed = new Map<string, Room>();
+  #isKeptOpen = false;
 
   constructor(nsp: Namespace, node: Node) {
     super(nsp, node.reports.report, node.settings.maxPayload);
@@ -632,12 +639,10 @@ class BoundAdapter extends LocalAdapter {
 
   /** @internal The rooms whose packets travel under a key. */
   roomsUnder(key: string): Room[] {
-    const has = (room: Room) => this.rooms.has(room) || this.pinned.has(room);
-    if (!key.startsWith(HASHED)) {
-      if (!key.startsWith(`${this.key}#`)) return [];
-      return roomsNamed(key.slice(this.key.length + 1)).filter(has);
-    }
-    return [...this.rooms.keys(), ...this.pinned.keys()].filter((room) => roomKey(this.nsp.name, room) === key);
+    const hashed = this.#hashed.get(key);
+    if (hashed !== undefined) return [hashed];
+    const isOurs = key.startsWith(`${this.key}#`);
+    return isOurs ? roomsNamed(key.slice(this.key.length + 1)).filter((room) => this.#has(room)) : [];
   }
 
   /** Resolves once every later emit anywhere reaches the socket; returns at once while the broker is away. */
@@ -660,10 +665,18 @@ class BoundAdapter extends LocalAdapter {
   protected follow(rooms: Iterable<Room>): Promise<void> | void {
     let pending: Promise<void>[] | undefined;
     for (const room of rooms) {
-      const done = this.routes.hasKey(room) ? this.node.receiver.follow(roomKey(this.nsp.name, room)) : undefined;
+      if (!this.routes.hasKey(room)) continue;
+      const key = roomKey(this.nsp.name, room);
+      if (!key.startsWith(HASHED) || !this.#has(room)) this.#hashed.delete(key);
+      else this.#hashed.set(key, room);
+      const done = this.node.receiver.follow(key);
       if (done) (pending ??= []).push(done);
     }
     if (pending) return Promise.all(pending).then(() => {});
+  }
+
+  #has(room: Room): boolean {
+    return this.rooms.has(room) || this.pinned.has(room);
   }
 
   /**
@@ -678,7 +691,23 @@ class BoundAdapter extends LocalAdapter {
     nsp.run = (socket, next) => {
       const live = nsp.adapter === this ? this.node.receiver.follow(this.key) : undefined;
       if (!live) return run.call(nsp, socket, next);
+      this.#keepOpen();
       void within(HOLD_CLIENTS, live).then(() => run.call(nsp, socket, next));
+    };
+  }
+
+  /**
+   * With `cleanupEmptyChildNamespaces`, Socket.IO closes a namespace when a client goes and no other is connected, also under
+   * those that are held back and will be. Here it stays open until none is on its way.
+   */
+  #keepOpen(): void {
+    const { nsp } = this;
+    const { sockets, _preConnectSockets: coming, _remove: remove } = nsp;
+    if (this.#isKeptOpen || !coming || !Object.hasOwn(nsp, "_remove")) return;
+    this.#isKeptOpen = true;
+    nsp._remove = (socket) => {
+      void (sockets?.delete(socket.id) || coming.delete(socket.id));
+      if (coming.size === 0) remove?.call(nsp, socket);
     };
   }
 }
@@ -1180,7 +1209,7 @@ class DeliveryLog {
 
   /** Forgets what was delivered before a time, and rooms that nobody is in: whoever joins one has missed nothing there. */
   expire(before: number, isUsed: (room: Room) => boolean): void {
-    while (this.#frames.first < this.#frames.next && this.#frames.timeOf(this.#frames.first) < before) this.#forget();
+    while ((this.#frames.oldestAt ?? before) < before) this.#forget();
     for (const room of this.#gone.keys()) if (!isUsed(room)) this.#gone.delete(room);
   }
 
@@ -1207,7 +1236,7 @@ class DeliveryLog {
       if (to?.rooms.length === 0) this.#goneForAll = position;
       for (const room of to?.rooms ?? []) this.#gone.set(room, position);
     }
-    this.#frames.forget(Infinity);
+    this.#frames.forget();
   }
 
   #baseOf(number: number): number {
@@ -1894,8 +1923,6 @@ interface Context {
   readonly tenants: ReadonlyMap<string, Tenant>;
   /** Since when both connections are up (ms, monotonic); undefined while one is not. */
   readonly upSince: number | undefined;
-  /** Sends a control message to one queue or to all; resolves with whether the broker took it. */
-  tell(key: string, control: Control): Promise<boolean>;
   /** A connection is up or lost. */
   changed(event: "connect" | "disconnect", connection: string): void;
 }
@@ -1905,8 +1932,8 @@ class Reports {
   last: Error | undefined;
   readonly #listeners: () => Iterable<Pick<Tenant, "report">>;
   readonly #warned = new Set<string>();
-  /** Senders whose version has been reported. */
-  readonly #oldSenders = new Set<string>();
+  /** What `once()` has reported. */
+  readonly #said = new Set<string>();
 
   constructor(listeners: () => Iterable<Pick<Tenant, "report">>) {
     this.#listeners = listeners;
@@ -1925,14 +1952,19 @@ class Reports {
     });
   };
 
-  /** A message that cannot be read or handled; it costs no other. Another version is reported once for each sender. */
+  /** What stays as it is, so that once is enough: `subject` says what of which peer. */
+  once(subject: string, error: Error): void {
+    if (this.#said.has(subject) || this.#said.size >= MAX_SAID) return;
+    this.#said.add(subject);
+    this.report(error);
+  }
+
+  /** A message that cannot be read or handled; it costs no other. */
   unreadable(error: Error, source: string): void {
-    if (error instanceof UnknownVersion) {
-      if (this.#oldSenders.has(error.sender) || this.#oldSenders.size >= MAX_OLD_SENDERS) return;
-      this.#oldSenders.add(error.sender);
-    }
     const what = error instanceof FrameError ? "Dropped" : "Failed to handle a message:";
-    this.report(new Error(`${what} ${error.message} (${source})`, { cause: error }));
+    const report = new Error(`${what} ${error.message} (${source})`, { cause: error });
+    if (error instanceof UnknownVersion) this.once(`version of ${error.sender}`, report);
+    else this.report(report);
   }
 
   /** What is said from here on is news. */
@@ -1941,41 +1973,28 @@ class Reports {
   }
 }
 
-/** So many senders of another version are remembered. */
-const MAX_OLD_SENDERS = 1_000;
+/** So many things that were reported once are remembered. */
+const MAX_SAID = 1_000;
 
-/** Another server or emitter that has been heard of. */
+/** Another server or emitter that has been heard of. Times are in ms, monotonic. */
 interface Peer {
   readonly uid: string;
   readonly stream: PeerStream<Frame>;
-  /** When it was last heard (ms, monotonic). */
   heardAt: number;
-  /** When it last said hello, which it does once its queue is bound (ms, monotonic); undefined for a stranger. */
+  /** When it last said hello, which it does once its queue is bound; undefined for a stranger. */
   greetedAt?: number;
-  /** What it has open; undefined until it has said so, and once its queue is gone. */
+  /** What it has open; undefined until it has said so, and while it is silent or has no queue. */
   namespaces?: Set<string> | undefined;
-  /** Since when its queue is gone (ms, monotonic); undefined while it is there, as far as is known. */
-  goneAt?: number | undefined;
+  /** Since when its queue is gone; undefined while it is there, as far as is known. */
+  queueGoneAt?: number | undefined;
   /** How often `namespaces` had changed, by its last hello. */
-  revision: number;
+  revision?: number;
   /** How many rooms it has bound, by its last heartbeat. */
   rooms: number;
-  /** When it is to be asked again for what was missed (ms, monotonic). */
+  /** When it is to be asked again for what was missed. */
   askAt: number;
-  /** Settings of it that differ and have been reported. */
-  readonly differing: Set<string>;
-}
-
-/** What this server says of itself. */
-type Introduction = Pick<Control & { type: "hello" }, "namespaces" | "number" | "floor" | "shared">;
-
-interface MembershipEvents {
-  introduce(): Introduction;
-  /** How many rooms this server has bound. */
-  rooms(): number;
-  newStream(uid: string): PeerStream<Frame>;
-  /** A peer's queue is gone: nobody waits for its answers. */
-  gone(uid: string): void;
+  /** What it has last asked for, and when all of the answer was sent; undefined until then. */
+  replay?: { readonly id: number; readonly after: number | undefined; sentAt?: number } | undefined;
 }
 
 /** At least this long between two announcements (ms), for a thousand namespaces that open one after the other. */
@@ -1989,180 +2008,201 @@ const RETURN = 20_000;
 
 /** Who else is there, with which namespaces; what each peer has sent. */
 class Membership {
-  readonly peers: Map<string, Peer> = new Map();
+  readonly #peers = new Map<string, Peer>();
   readonly #context: Context;
-  readonly #events: MembershipEvents;
+  readonly #sender: Sender;
+  readonly #receiver: Receiver;
+  readonly #requests: Requests;
   #revision = 0;
+  /** The announcement that is about to be made, and whether it asks the others for theirs. */
   #announcement: Promise<boolean> | undefined;
-  #unannounced = false;
-  /** Whether the next announcement asks the others for theirs. */
   #greets = false;
+  #announcedAt = -Infinity;
   /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
   #heardAt = 0;
-  #asking: Timeout | undefined;
+  /** When this server was last away from the broker (ms, monotonic). */
+  #awayAt = -Infinity;
 
-  constructor(context: Context, events: MembershipEvents) {
+  constructor(context: Context, sender: Sender, receiver: Receiver, requests: Requests) {
     this.#context = context;
-    this.#events = events;
+    this.#sender = sender;
+    this.#receiver = receiver;
+    this.#requests = requests;
   }
 
   /** The servers that have a namespace open, this one not counted. */
   serversOf(nsp: string): string[] {
     const uids: string[] = [];
-    for (const peer of this.peers.values()) if (peer.namespaces?.has(nsp)) uids.push(peer.uid);
+    for (const peer of this.#peers.values()) if (peer.namespaces?.has(nsp)) uids.push(peer.uid);
     return uids;
   }
 
   /** The number of the last frame that came of each peer; undefined while some may be missing. */
   heard(): Record<string, number> | undefined {
-    const peers = [...this.peers.values()];
+    const peers = [...this.#peers.values()];
     // Nobody waits for one whose queue is gone.
-    if (peers.some(({ stream, goneAt }) => stream.catchUp && goneAt === undefined)) return undefined;
+    if (peers.some(({ stream, queueGoneAt }) => stream.catchUp && queueGoneAt === undefined)) return undefined;
     return Object.fromEntries(peers.map(({ uid, stream }) => [uid, stream.highest]));
   }
 
   /** How many rooms are bound, on all servers. */
   get rooms(): number {
-    return this.peers.values().reduce((sum, { rooms }) => sum + rooms, this.#events.rooms());
+    return this.#peers.values().reduce((sum, { rooms }) => sum + rooms, this.#receiver.countBound());
   }
 
   /** Whoever sent what the queue has just delivered; undefined for this server itself. */
-  hear(uid: string): Peer | undefined {
+  hear(uid: string, newStream: (uid: string) => PeerStream<Frame>): Peer | undefined {
     this.#heardAt = performance.now();
     if (uid === this.#context.uid) return undefined;
-    let peer = this.peers.get(uid);
+    let peer = this.#peers.get(uid);
     if (!peer) {
-      const stream = this.#events.newStream(uid);
-      peer = { uid, stream, heardAt: 0, revision: -1, rooms: 0, askAt: 0, differing: new Set() };
-      this.peers.set(uid, peer);
+      peer = { uid, stream: newStream(uid), heardAt: 0, rooms: 0, askAt: 0 };
+      this.#peers.set(uid, peer);
+      // It may have begun to send during an outage.
+      if (this.#heardAt - this.#awayAt < this.#context.settings.journal.ms) peer.stream.startCatchUp();
     }
     peer.heardAt = this.#heardAt;
     return peer;
   }
 
-  onHello(peer: Peer, hello: Control & { type: "hello" }): void {
-    peer.namespaces = new Set(hello.namespaces);
-    peer.revision = hello.revision;
-    peer.greetedAt = this.#heardAt;
-    peer.stream.hears(hello.number, hello.floor);
-    peer.askAt = 0; // its queue is back
-    peer.goneAt = undefined;
-    if (hello.reply) void this.#context.tell(serverKey(peer.uid), this.#hello(false));
-    this.#compare(peer, hello.shared);
-    this.ask();
-  }
-
-  onBeat(peer: Peer, { revision, number, floor, rooms }: Control & { type: "beat" }): void {
-    peer.rooms = rooms;
-    peer.stream.hears(number, floor);
-    if (!peer.namespaces || peer.revision !== revision) void this.#context.tell(serverKey(peer.uid), this.#hello(true));
-  }
-
-  /** It has closed, having sent all up to this number. */
-  onBye(peer: Peer, number: number): void {
-    this.#gone(peer);
-    this.#giveUp(peer, "has closed", number);
-    this.peers.delete(peer.uid);
+  onControl(peer: Peer, control: Control): void {
+    const { uid, stream } = peer;
+    switch (control.type) {
+      case "hello":
+        return this.#onHello(peer, control);
+      case "beat":
+        peer.rooms = control.rooms;
+        stream.hears(control.number, control.floor);
+        if (!peer.namespaces || peer.revision !== control.revision) this.#tell(uid, this.#hello(true));
+        return;
+      case "bye":
+        this.#leaves(peer);
+        this.#giveUp(peer, "has closed", control.number);
+        this.#peers.delete(uid);
+        return;
+      case "missing":
+        if (this.#peers.get(control.uid)?.namespaces) this.#tell(control.uid, { type: "ping" });
+        return;
+      case "ask":
+        return this.#sender.replay(peer, control);
+      case "begin":
+        if (stream.catchUp?.id !== control.id) return; // the answer to an earlier question
+        peer.askAt = performance.now() + ASK_AGAIN;
+        return stream.begin(control.from, control.to);
+    }
   }
 
   /** A message to its queue came back. */
   onUnreachable(uid: string): void {
-    const peer = this.peers.get(uid);
+    const peer = this.#peers.get(uid);
     if (!peer) return;
+    const now = performance.now();
+    const { upSince = now } = this.#context;
     // Right after an outage its queue may just not be back yet.
-    const upSince = this.#context.upSince ?? Infinity;
-    if ((peer.greetedAt ?? 0) < upSince && performance.now() - upSince < GRACE) return;
+    if ((peer.greetedAt ?? 0) < upSince && now - upSince < GRACE) return;
     if (peer.namespaces) {
-      this.#gone(peer);
-      void this.#context.tell(ALL_SERVERS, { type: "missing", uid }); // whoever knows it may look for itself
+      this.#leaves(peer);
+      void this.#sender.tell(ALL_SERVERS, { type: "missing", uid }); // whoever knows it may look for itself
     }
     // It may have lost its connection for a moment; killed, it will not come back.
-    peer.goneAt ??= performance.now();
-    if (performance.now() - peer.goneAt >= RETURN) this.#giveUp(peer, "has no queue any more");
+    peer.queueGoneAt ??= now;
+    if (now - peer.queueGoneAt >= RETURN) this.#giveUp(peer, "has no queue any more");
   }
 
-  /** Tells everyone who is here with what; resolves with whether that is done. One telling at a time: what changes meanwhile goes with the next. */
+  /** Tells everyone what is open here; resolves with whether that is done. What changes until then goes with it. */
   announce(greets = false): Promise<boolean> {
-    this.#unannounced = true;
-    this.#greets ||= greets;
     this.#revision++;
-    return (this.#announcement ??= this.#announceAll());
+    this.#greets ||= greets;
+    return (this.#announcement ??= this.#announceSoon());
   }
 
   /** Every `heartbeatInterval`. */
   beat(): void {
     const { settings, upSince = performance.now() } = this.#context;
-    for (const peer of this.peers.values()) {
+    const { heartbeatTimeout, journal } = settings;
+    for (const peer of this.#peers.values()) {
       // Measured by what the queue delivers: after an outage nobody has been silent.
       const silence = this.#heardAt - Math.max(peer.heardAt, upSince);
-      if (silence <= settings.heartbeatTimeout) continue;
-      if (peer.namespaces) this.#gone(peer);
-      if (silence <= settings.heartbeatTimeout + settings.journal.ms) continue; // it may come back, and publish again what has been seen
+      if (silence > heartbeatTimeout && peer.namespaces) this.#leaves(peer);
+      if (silence <= heartbeatTimeout + journal.ms) continue; // it may come back, and publish again what has been seen
       this.#giveUp(peer, "is silent");
-      this.peers.delete(peer.uid);
+      this.#peers.delete(peer.uid);
     }
-    const { number, floor } = this.#events.introduce();
-    const beat = { type: "beat" as const, revision: this.#revision, number, floor, rooms: this.#events.rooms() };
-    void this.#context.tell(ALL_SERVERS, beat);
+    const { number, floor } = this.#sender.publisher;
+    const rooms = this.#receiver.countBound();
+    void this.#sender.tell(ALL_SERVERS, { type: "beat", revision: this.#revision, number, floor, rooms });
   }
 
-  /** This server may have missed something: each peer is asked for it. */
+  /** This server has been away, and may have missed something: each peer is asked for it. An emitter misses nothing. */
   startCatchUp(): void {
-    for (const peer of this.peers.values()) {
+    if (this.#context.tenants.size === 0) return;
+    this.#awayAt = performance.now();
+    for (const peer of this.#peers.values()) {
       peer.stream.startCatchUp();
       peer.askAt = 0;
     }
   }
 
-  /** Asks each peer that may have sent what did not come, again and again: its queue may not be back yet. */
-  ask(): void {
+  /** Asks a peer that may have sent what did not come, again and again: its queue may not be back yet. */
+  ask(peer: Peer): void {
+    const { uid, stream, askAt } = peer;
     const now = performance.now();
-    const missed = [...this.peers.values()].filter(({ stream }) => stream.catchUp);
-    for (const peer of missed) {
-      const { uid, stream, askAt } = peer;
-      if (!stream.catchUp || askAt > now || this.#context.upSince === undefined) continue;
-      peer.askAt = now + ASK_AGAIN;
-      void this.#context.tell(serverKey(uid), { type: "ask", id: stream.catchUp.id, after: stream.cursor });
-    }
-    if (missed.length === 0) this.#stopAsking();
-    else this.#asking ??= setInterval(() => this.ask(), ASK_AGAIN);
+    if (!stream.catchUp || askAt > now || this.#context.upSince === undefined) return;
+    peer.askAt = now + ASK_AGAIN;
+    this.#tell(uid, { type: "ask", id: stream.catchUp.id, after: stream.cursor });
   }
 
-  close(): void {
-    this.#stopAsking();
-    this.peers.clear(); // nobody is asked any more
+  askAll(): void {
+    for (const peer of this.#peers.values()) this.ask(peer);
   }
 
-  #stopAsking(): void {
-    clearInterval(this.#asking);
-    this.#asking = undefined;
+  #onHello(peer: Peer, hello: Control & { type: "hello" }): void {
+    peer.namespaces = new Set(hello.namespaces);
+    peer.revision = hello.revision;
+    peer.greetedAt = this.#heardAt;
+    peer.queueGoneAt = undefined;
+    peer.askAt = 0; // its queue is back
+    peer.stream.hears(hello.number, hello.floor);
+    if (hello.reply) this.#tell(peer.uid, this.#hello(false));
+    this.#compare(peer.uid, hello.shared);
+    this.ask(peer);
   }
 
-  async #announceAll(): Promise<boolean> {
-    await null; // so that `#announcement` is set before it is unset
-    try {
-      while (this.#unannounced && this.#context.upSince !== undefined) {
-        this.#unannounced = false;
-        if (!(await this.#context.tell(ALL_SERVERS, this.#hello(this.#greets)))) return false; // the next connection announces
-        this.#greets = false;
-        if (this.#unannounced) await Bun.sleep(ANNOUNCE_INTERVAL);
-      }
-      return !this.#unannounced;
-    } finally {
-      this.#announcement = undefined;
-    }
+  async #announceSoon(): Promise<boolean> {
+    await Bun.sleep(Math.max(0, this.#announcedAt + ANNOUNCE_INTERVAL - performance.now()));
+    this.#announcement = undefined;
+    if (this.#context.upSince === undefined) return false; // the next connection announces
+    this.#announcedAt = performance.now();
+    const hello = this.#hello(this.#greets);
+    this.#greets = false;
+    return this.#sender.tell(ALL_SERVERS, hello);
   }
 
   #hello(reply: boolean): Control {
-    return { type: "hello", revision: this.#revision, reply, ...this.#events.introduce() };
+    const { number, floor } = this.#sender.publisher;
+    const namespaces = this.#receiver.live.map(({ nsp }) => nsp.name);
+    return { type: "hello", revision: this.#revision, reply, namespaces, number, floor, shared: this.#shared };
   }
 
-  #gone(peer: Peer): void {
+  get #shared(): Shared {
+    const [tenant] = this.#context.tenants.values();
+    return tenant?.shared ?? {};
+  }
+
+  /** A peer closes, or nobody can reach it: nobody waits for its answers. */
+  #leaves(peer: Peer): void {
     peer.namespaces = undefined;
     peer.rooms = 0;
-    this.#events.gone(peer.uid);
+    peer.replay = undefined;
+    this.#requests.onLeave(peer.uid);
+    this.#receiver.renewSoon();
   }
 
+  #tell(uid: string, control: Control): void {
+    void this.#sender.tell(serverKey(uid), control);
+  }
+
+  /** What the peer has sent is delivered as far as it is here; `last` is the number of its last frame, where that is known. */
   #giveUp({ uid, stream }: Peer, why: string, last?: number): void {
     if (!stream.catchUp || (last === undefined && stream.catchUp.held.size === 0)) return;
     const { cursor } = stream;
@@ -2172,62 +2212,54 @@ class Membership {
     this.#context.reports.report(new Error(`Peer ${uid} ${why}: ${what} after number ${cursor ?? 0} may be lost`));
   }
 
-  /** Reports settings that must be the same on all servers, and are not: once per peer. */
-  #compare({ uid, differing }: Peer, theirs: Shared): void {
-    for (const [name, ours] of Object.entries(this.#events.introduce().shared)) {
-      if (theirs[name] === undefined || theirs[name] === ours || differing.has(name)) continue;
-      differing.add(name);
+  /** Reports settings that must be the same on all servers, and are not. */
+  #compare(uid: string, theirs: Shared): void {
+    for (const [name, ours] of Object.entries(this.#shared)) {
+      if (theirs[name] === undefined || theirs[name] === ours) continue;
       const values = `${Bun.inspect(ours)} here and ${Bun.inspect(theirs[name])} on peer ${uid}`;
-      this.#context.reports.report(new Error(`${name} is ${values}; give all servers the same`));
+      this.#context.reports.once(`${name} of ${uid}`, new Error(`${name} is ${values}; give all servers the same`));
     }
   }
 }
 
-interface Request {
-  /** Peers that have not said all. */
-  readonly owing: Set<string>;
+/** What becomes of the answers to a question. */
+interface Answers {
   /** Takes an answer; true once that peer has said all. */
   readonly take: (message: Answer, from: string) => boolean;
   /** A peer has said all, or is gone. */
   readonly done?: ((uid: string) => void) | undefined;
-  readonly end: (unanswered: number) => void;
 }
-
-/** How often peers that owe an answer are asked whether they are there, in ms. */
-const PROBE_INTERVAL = 100;
+interface Request extends Answers {
+  /** Peers that have not said all. */
+  readonly owing: Set<string>;
+  /** Nobody owes anything any more. */
+  readonly end: () => void;
+}
 
 /** Questions to peers, and who has not answered yet. */
 class Requests {
   readonly #open = new Map<string, Request>();
-  readonly #context: Context;
-  #probing: Timeout | undefined;
+  readonly #uid: string;
+  readonly #sender: Sender;
   #count = 0;
 
-  constructor(context: Context) {
-    this.#context = context;
+  constructor(uid: string, sender: Sender) {
+    this.#uid = uid;
+    this.#sender = sender;
   }
 
   /** Resolves when each of `peers` has said all or is gone, or after `ms`, with how many have not. */
-  ask(
-    peers: string[],
-    ms: number,
-    send: (id: string) => void,
-    { take, done }: Pick<Request, "take" | "done">,
-  ): Promise<number> {
+  ask(peers: string[], ms: number, send: (id: string) => void, answers: Answers): Promise<number> {
     if (peers.length === 0) return Promise.resolve(0);
-    const id = `${this.#context.uid}.${++this.#count}`;
+    const id = `${this.#uid}.${++this.#count}`;
     send(id); // throws if it cannot be encoded, and then there is no request
-    const { promise, resolve } = Promise.withResolvers<number>();
-    const end = (unanswered: number) => {
-      clearTimeout(timer);
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const owing = new Set(peers);
+    this.#open.set(id, { ...answers, owing, end: resolve });
+    return within(ms, promise).then(() => {
       this.#open.delete(id);
-      resolve(unanswered);
-    };
-    const request: Request = { owing: new Set(peers), take, done, end };
-    const timer = setTimeout(() => end(request.owing.size), ms);
-    this.#open.set(id, request);
-    this.#probing ??= setInterval(() => this.#probe(), PROBE_INTERVAL);
-    return promise;
+      return owing.size;
+    });
   }
 
   onAnswer(message: Answer, from: string): void {
@@ -2236,90 +2268,37 @@ class Requests {
   }
 
   /** A peer is gone. */
-  gone(uid: string): void {
-    for (const request of [...this.#open.values()]) this.#finish(request, uid);
-  }
-
-  close(): void {
-    clearInterval(this.#probing);
-    for (const request of [...this.#open.values()]) request.end(request.owing.size);
-  }
-
-  #finish(request: Request, uid: string): void {
-    if (!request.owing.delete(uid)) return;
-    request.done?.(uid);
-    if (request.owing.size === 0) request.end(0);
+  onLeave(uid: string): void {
+    for (const request of this.#open.values()) this.#finish(request, uid);
   }
 
   /** The broker returns what is sent to a queue that no longer exists. */
-  #probe(): void {
+  probe(): void {
     const owing = new Set([...this.#open.values()].flatMap((request) => [...request.owing]));
-    for (const uid of owing) void this.#context.tell(serverKey(uid), { type: "ping" });
-    if (owing.size > 0) return;
-    clearInterval(this.#probing);
-    this.#probing = undefined;
+    for (const uid of owing) void this.#sender.tell(serverKey(uid), { type: "ping" });
+  }
+
+  close(): void {
+    for (const { end } of this.#open.values()) end();
+  }
+
+  #finish({ owing, done, end }: Request, uid: string): void {
+    if (!owing.delete(uid)) return;
+    done?.(uid);
+    if (owing.size === 0) end();
   }
 }
 
-/** How many replayed frames may be unconfirmed. */
-const REPLAY_WINDOW = 64;
-
-/** Answers peers that ask for what they have missed: the frames of the log, one by one, straight to the peer's queue. */
-class Replays {
-  /** The latest question of each peer, and when it was answered (ms, monotonic; Infinity until then). */
-  readonly #latest = new Map<string, { readonly id: number; readonly after: number | undefined; answeredAt: number }>();
-  readonly #running = new Set<Promise<void>>();
-  readonly #context: Context;
-  readonly #publisher: Publisher;
-
-  constructor(context: Context, publisher: Publisher) {
-    this.#context = context;
-    this.#publisher = publisher;
-  }
-
-  /** The same question again is one whose answer stands in the peer's queue behind much else, unless that takes too long. */
-  answer(uid: string, { id, after }: Control & { type: "ask" }): void {
-    const latest = this.#latest.get(uid);
-    const isSame = latest?.id === id && latest.after === after;
-    if (isSame && performance.now() - latest.answeredAt < this.#context.settings.heartbeatTimeout) return;
-    const replay = this.#replay(uid, id, after).finally(() => this.#running.delete(replay));
-    this.#running.add(replay);
-  }
-
-  gone(uid: string): void {
-    this.#latest.delete(uid);
-  }
-
-  async finished(): Promise<void> {
-    await Promise.all(this.#running);
-  }
-
-  async #replay(uid: string, id: number, after: number | undefined): Promise<void> {
-    const question = { id, after, answeredAt: Infinity };
-    this.#latest.set(uid, question);
-    const publisher = this.#publisher;
-    publisher.expire();
-    const { log, number: to } = publisher;
-    const from = Math.max((after ?? 0) + 1, log.first);
-    let taken = this.#context.tell(serverKey(uid), { type: "begin", id, from, to });
-    for (let number = from; number <= to; number++) {
-      if ((number - from) % REPLAY_WINDOW === 0 && !(await taken)) break;
-      if (this.#latest.get(uid) !== question) return; // it has asked anew, or is gone
-      const body = log.get(number);
-      if (!body) break; // forgotten meanwhile: it asks again
-      taken = publisher.sendNow(serverKey(uid), body, true);
-    }
-    if (await taken) question.answeredAt = performance.now();
-    else if (this.#latest.get(uid) === question) this.#latest.delete(uid);
-  }
-}
-
-/** From this version of RabbitMQ on the keys of a message are looked up; before, several keys made it scan all bindings. */
-const LOOKS_KEYS_UP = "3.11.0";
 /** How many bindings are cheap to scan. */
 const FEW_BINDINGS = 500;
 /** What the header and a replay add to a packet, at most (bytes). */
 const OVERHEAD = 768;
+/** How many bytes of a frame header the message's other properties may take. */
+const HEADER_RESERVE = 1_024;
+/** The AMQP type of a frame that its receiver has asked for again. */
+const AGAIN = "again";
+/** How many replayed frames may be unconfirmed. */
+const REPLAY_WINDOW = 64;
 
 interface SenderEvents {
   /** How many other servers have a namespace open, and how many rooms are bound on all of them. */
@@ -2327,8 +2306,8 @@ interface SenderEvents {
   rooms(): number;
   /** A message to one server's queue came back: there is no such queue. */
   unreachable(uid: string): void;
-  /** The broker takes messages, at the start and after each outage. */
-  ready(): void;
+  /** The broker takes messages again. */
+  unblocked(): void;
 }
 
 /** The publishing connection, and the publisher on it. */
@@ -2340,7 +2319,8 @@ class Sender {
   readonly #events: SenderEvents;
   #reportedDropped = 0;
   #flushing: Timeout | undefined;
-  #scheduled = false;
+  /** Resolves when the answers to peers are sent that have been begun. */
+  #replayed: Promise<void> = Promise.resolve();
   #looksKeysUp = false;
   #maxKeyBytes = 0;
 
@@ -2356,6 +2336,7 @@ class Sender {
     this.publisher = new Publisher(uid, settings, facts, {
       dropped: (packets) => (this.dropped += packets),
       flushIn: (ms) => {
+        if (ms === 0) return queueMicrotask(this.publisher.flush);
         this.#flushing ??= setTimeout(() => {
           this.#flushing = undefined;
           this.publisher.flush();
@@ -2372,7 +2353,6 @@ class Sender {
           reports.report(new RangeError(`A frame of ${size} bytes was refused: ${error.message}; lower maxPayload`));
         this.publisher.down();
       },
-      live: events.ready,
     });
   }
 
@@ -2390,13 +2370,24 @@ class Sender {
       }
     }
     this.publisher.add(to, packet, length);
-    if (this.#scheduled) return;
-    this.#scheduled = true;
-    queueMicrotask(this.#flush);
   }
 
-  control(key: string, control: Control): Promise<boolean> {
+  /** Sends a control message to one queue or to all, now or not at all; resolves with whether the broker took it. */
+  tell(key: string, control: Control): Promise<boolean> {
     return this.publisher.sendNow(key, controlFrame(this.#context.uid, control));
+  }
+
+  /** Answers a peer that asks for what it has missed: the frames of the log, one by one, straight to the peer's queue. */
+  replay(peer: Peer, { id, after }: Control & { type: "ask" }): void {
+    const { replay: latest } = peer;
+    const now = performance.now();
+    const patience = this.#context.settings.heartbeatTimeout;
+    // The same question again: the answer stands in the peer's queue behind much else, unless that takes too long.
+    if (latest?.id === id && latest.after === after && now - (latest.sentAt ?? now) < patience) return;
+    const replay = { id, after };
+    peer.replay = replay;
+    const sent = this.#sendAgain(peer, replay);
+    this.#replayed = this.#replayed.then(() => sent);
   }
 
   /** Every `heartbeatInterval`: forgets what is too old, and reports together what was dropped. */
@@ -2412,19 +2403,33 @@ class Sender {
 
   /** Sends the rest and a goodbye, as far as that takes no longer than `ms`; gives the number of packets that are left. */
   async close(ms: number): Promise<number> {
-    await within(ms, this.publisher.drained());
+    // What a peer has missed would go with this server.
+    await within(ms, Promise.all([this.#replayed, this.publisher.drained()]));
     const left = this.publisher.unconfirmedPackets;
-    const bye = this.control(ALL_SERVERS, { type: "bye", number: this.publisher.number });
+    const bye = this.tell(ALL_SERVERS, { type: "bye", number: this.publisher.number });
     if (left === 0) await within(CLOSE_PATIENCE, bye);
     clearTimeout(this.#flushing);
     this.tick();
     return left;
   }
 
-  readonly #flush = (): void => {
-    this.#scheduled = false;
-    this.publisher.flush();
-  };
+  async #sendAgain(peer: Peer, replay: NonNullable<Peer["replay"]>): Promise<void> {
+    const { publisher } = this;
+    const key = serverKey(peer.uid);
+    publisher.expire();
+    const { log, number: to } = publisher;
+    const from = Math.max((replay.after ?? 0) + 1, log.first);
+    let taken = this.tell(key, { type: "begin", id: replay.id, from, to });
+    for (let number = from; number <= to; number++) {
+      if ((number - from) % REPLAY_WINDOW === 0 && !(await taken)) break;
+      if (peer.replay !== replay) return; // it has asked anew, or is gone
+      const body = log.get(number);
+      if (!body) break; // forgotten meanwhile: it asks again
+      taken = publisher.sendNow(key, body, true);
+    }
+    if (await taken) replay.sentAt = performance.now();
+    else if (peer.replay === replay) peer.replay = undefined;
+  }
 
   async #up(model: AmqpConnection, lose: Lose): Promise<void> {
     const { names, reports } = this.#context;
@@ -2440,10 +2445,10 @@ class Sender {
     });
     emitter.on("unblocked", () => {
       this.publisher.block(false);
-      this.#events.ready();
+      this.#events.unblocked();
     });
     await declare(channel, names);
-    this.#looksKeysUp = Bun.semver.order(brokerVersion(model), LOOKS_KEYS_UP) >= 0;
+    this.#looksKeysUp = Bun.semver.order(brokerVersion(model), "3.11.0") >= 0; // before, it scanned all bindings
     this.#maxKeyBytes = frameMax(model) - HEADER_RESERVE;
     this.publisher.up(({ keys: [key = "", ...CC], body, direct, again }, confirmed) => {
       const options: Options.Publish = direct ? { mandatory: key !== ALL_SERVERS } : {};
@@ -2451,7 +2456,7 @@ class Sender {
       if (again) options.type = AGAIN;
       try {
         channel.publish(direct ? names.keys : names.main, key, body, options, (error: Error | null) =>
-          confirmed(!error ? "taken" : error.message === NACKED ? "refused" : "lost"),
+          confirmed(!error ? "taken" : error.message === "message nacked" ? "refused" : "lost"),
         );
       } catch (error) {
         lose(asError(error)); // the channel has just closed
@@ -2461,19 +2466,10 @@ class Sender {
   }
 }
 
-/** How many bytes of a frame header the message's other properties may take. */
-const HEADER_RESERVE = 1_024;
-/** amqplib's word for a message that the broker did not take. */
-const NACKED = "message nacked";
-/** The AMQP type of a frame that its receiver has asked for again. */
-const AGAIN = "again";
-
 interface ReceiverEvents {
   frame(frame: Frame, again: boolean): void;
   /** A connection is being opened after one that was lost. */
   isBack(): void;
-  /** The queue gets everything. */
-  live(): void;
 }
 
 /** The origin of what other AMQP clients publish. */
@@ -2502,7 +2498,6 @@ class Receiver {
         this.#topology?.end();
         this.#opened(undefined);
       },
-      live: events.live,
     });
   }
 
@@ -2519,21 +2514,20 @@ class Receiver {
     return this.#topology ? this.#topology.follow(key) : this.#opening?.promise;
   }
 
-  isLive(key: string): boolean {
-    return this.#topology?.bindings.isLive(key) ?? false;
+  /** The namespaces whose packets come to the queue. */
+  get live(): Tenant[] {
+    return [...this.#context.tenants.values()].filter(({ key }) => this.#topology?.bindings.isLive(key));
   }
 
   /** How many of these keys are bound; of all if none are given. */
   countBound(keys?: Iterable<string>): number {
     const bound = this.#topology?.bindings.bound;
     if (!bound || !keys) return bound?.size ?? 0;
-    let count = 0;
-    for (const key of keys) if (bound.has(key)) count++;
-    return count;
+    return Array.from(keys).filter((key) => bound.has(key)).length;
   }
 
   /** Whether what is published under a key, by its digest, should come to this queue. */
-  readonly takes = (digest: number): boolean => this.#topology?.bindings.gets(digest) ?? false;
+  readonly expects = (digest: number): boolean => this.#topology?.bindings.gets(digest) ?? false;
 
   /** A peer's queue has gone: an exchange of a room may have gone with it that others have bound just then. */
   renewSoon(): void {
@@ -2545,11 +2539,9 @@ class Receiver {
 
   async close(patienceMs: number): Promise<void> {
     clearTimeout(this.#renewal);
-    const unbound = this.#topology?.close() ?? Promise.resolve();
-    await within(
-      patienceMs,
-      unbound.catch((error) => debug("close: %s", asError(error).message)), // the connection is lost
-    );
+    // The connection may be lost.
+    const unbound = this.#topology?.close().catch((error) => debug("close: %s", asError(error).message));
+    await within(patienceMs, Promise.resolve(unbound));
     await this.connection.close();
   }
 
@@ -2616,76 +2608,45 @@ class Receiver {
 /** What becomes of the frames that the queue delivers. */
 class Inbox {
   readonly counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0, lost: 0 };
-  /** When this server was last away from the broker (ms, monotonic). */
-  awayAt = -Infinity;
   readonly #context: Context;
   readonly #membership: Membership;
-  readonly #replays: Replays;
   /** Whether what is published under a key, by its digest, should come to this server's queue. */
-  readonly #takes: (digest: number) => boolean;
+  readonly #expects: (digest: number) => boolean;
 
-  constructor(context: Context, membership: Membership, replays: Replays, takes: (digest: number) => boolean) {
+  constructor(context: Context, membership: Membership, expects: (digest: number) => boolean) {
     this.#context = context;
     this.#membership = membership;
-    this.#replays = replays;
-    this.#takes = takes;
+    this.#expects = expects;
   }
 
   onFrame(frame: Frame, again: boolean): void {
-    const peer = this.#membership.hear(frame.sender);
+    const peer = this.#membership.hear(frame.sender, this.#newStream);
     if (!peer) return;
-    if (frame.kind === FrameKind.Control) return this.#onControl(peer, readControl(frame));
+    if (frame.kind === FrameKind.Control) return this.#membership.onControl(peer, readControl(frame));
     if (this.#context.tenants.size === 0) return; // an emitter takes no packets
     const { stream } = peer;
-    if (!again) stream.receive(frame, predecessorsOf(frame, this.#takes));
+    if (!again) stream.receive(frame, predecessorsOf(frame, this.#expects));
     else if (stream.receiveAgain(frame)) peer.askAt = performance.now() + ASK_AGAIN;
     else {
       stream.startCatchUp();
       peer.askAt = 0;
     }
-    if (stream.catchUp && peer.askAt < performance.now()) this.#membership.ask();
+    if (stream.catchUp) this.#membership.ask(peer);
   }
 
-  #onControl(peer: Peer, control: Control): void {
-    const membership = this.#membership;
-    switch (control.type) {
-      case "hello":
-        return membership.onHello(peer, control);
-      case "beat":
-        return membership.onBeat(peer, control);
-      case "bye":
-        return membership.onBye(peer, control.number);
-      case "missing":
-        if (membership.peers.get(control.uid)?.namespaces)
-          void this.#context.tell(serverKey(control.uid), { type: "ping" });
-        return;
-      case "ask":
-        return this.#replays.answer(peer.uid, control);
-      case "begin":
-        if (peer.stream.catchUp?.id !== control.id) return; // the answer to an earlier question
-        peer.askAt = performance.now() + ASK_AGAIN;
-        return peer.stream.begin(control.from, control.to);
-    }
-  }
-
-  newStream(uid: string): PeerStream<Frame> {
+  readonly #newStream = (uid: string): PeerStream<Frame> => {
     const { settings, reports } = this.#context;
-    const stream = new PeerStream<Frame>(
-      {
-        deliver: (frame) => this.#deliver(frame),
-        replayed: () => this.counts.replayed++,
-        duplicate: () => this.counts.duplicates++,
-        lost: (frames) => {
-          this.counts.lost += frames;
-          reports.report(new Error(`Lost ${frames} frames of peer ${uid}: its journal no longer held them`));
-        },
+    const events = {
+      deliver: (frame: Frame) => this.#deliver(frame),
+      replayed: () => this.counts.replayed++,
+      duplicate: () => this.counts.duplicates++,
+      lost: (frames: number) => {
+        this.counts.lost += frames;
+        reports.report(new Error(`Lost ${frames} frames of peer ${uid}: its journal no longer held them`));
       },
-      settings.journal.bytes,
-    );
-    // Whoever is heard for the first time may have begun to send during an outage.
-    if (performance.now() - this.awayAt < settings.journal.ms) stream.startCatchUp();
-    return stream;
-  }
+    };
+    return new PeerStream<Frame>(events, settings.journal.bytes);
+  };
 
   #deliver(frame: Frame): void {
     this.counts.framesReceived++;
@@ -2693,14 +2654,13 @@ class Inbox {
     this.#handle(frame, () => {
       const reader = new FrameReader(frame);
       const tenant = this.#context.tenants.get(reader.nsp);
-      if (tenant) for (const section of reader.sections) this.#deliverSection(frame, reader, section, tenant);
+      if (!tenant) return;
+      for (const section of reader.sections) {
+        const packets = () => reader.packets(section);
+        if (section.kind < SectionKind.Messages) this.#handle(frame, () => tenant.onPackets(section, packets, frame));
+        else for (const parts of packets()) this.#handle(frame, () => tenant.onMessage(readMessage(parts), frame));
+      }
     });
-  }
-
-  #deliverSection(frame: Frame, reader: FrameReader, section: Section, tenant: Tenant): void {
-    if (section.kind < SectionKind.Messages)
-      return this.#handle(frame, () => tenant.onPackets(section, () => reader.packets(section), frame));
-    for (const parts of reader.packets(section)) this.#handle(frame, () => tenant.onMessage(readMessage(parts), frame));
   }
 
   /** What cannot be read or handled costs no other section. */
@@ -2728,43 +2688,28 @@ class Node implements Context {
   readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
   closing: Promise<void> | undefined;
   readonly #routes = new Map<string, Routes>();
-  readonly #replays: Replays;
   readonly #inbox: Inbox;
-  #heartbeat: Timeout | undefined;
+  readonly #timers: Timeout[] = [];
 
   constructor(settings: Settings, onError?: (error: Error) => void) {
     this.settings = settings;
     this.names = new Names(settings.prefix);
     this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
-    const listeners = onError ? [{ report: (error: Error) => (queueMicrotask(() => onError(error)), true) }] : [];
-    this.reports = new Reports(() => [...listeners, ...this.tenants.values()]);
+    const listener = onError && { report: (error: Error) => (onError(error), true) };
+    this.reports = new Reports(() => (listener ? [listener] : this.tenants.values()));
     this.sender = new Sender(this, {
       servers: (nsp) => this.membership.serversOf(nsp).length,
       rooms: () => this.membership.rooms,
       unreachable: (uid) => this.membership.onUnreachable(uid),
-      ready: () => this.#ready(),
+      unblocked: () => this.#ready(),
     });
     this.receiver = new Receiver(this, {
       frame: (frame, again) => this.#inbox.onFrame(frame, again),
-      isBack: () => {
-        if (this.tenants.size > 0) this.membership.startCatchUp(); // an emitter takes no packets
-        this.#inbox.awayAt = performance.now();
-      },
-      live: () => this.#ready(),
+      isBack: () => this.membership.startCatchUp(),
     });
-    this.requests = new Requests(this);
-    this.#replays = new Replays(this, this.sender.publisher);
-    this.membership = new Membership(this, {
-      introduce: () => this.#introduce(),
-      rooms: () => this.receiver.countBound(),
-      newStream: (uid) => this.#inbox.newStream(uid),
-      gone: (uid) => {
-        this.#replays.gone(uid);
-        this.requests.gone(uid);
-        this.receiver.renewSoon();
-      },
-    });
-    this.#inbox = new Inbox(this, this.membership, this.#replays, this.receiver.takes);
+    this.requests = new Requests(this.uid, this.sender);
+    this.membership = new Membership(this, this.sender, this.receiver, this.requests);
+    this.#inbox = new Inbox(this, this.membership, this.receiver.expects);
   }
 
   get stats(): Omit<AdapterStats, "rooms"> {
@@ -2789,22 +2734,26 @@ class Node implements Context {
     return consuming === undefined || publishing === undefined ? undefined : Math.max(consuming, publishing);
   }
 
-  tell(key: string, control: Control): Promise<boolean> {
-    return this.sender.control(key, control);
-  }
-
   changed(event: "connect" | "disconnect", connection: string): void {
+    if (event === "connect") this.#ready();
     for (const tenant of this.tenants.values()) tenant.onConnection(event, connection);
   }
 
   start(): void {
-    if (this.#heartbeat) return;
+    if (this.#timers.length > 0) return;
     this.receiver.start();
     this.sender.connection.start();
-    this.#heartbeat = setInterval(() => {
-      this.sender.tick();
-      this.membership.beat();
-    }, this.settings.heartbeatInterval);
+    this.#timers.push(
+      setInterval(() => {
+        this.sender.tick();
+        this.membership.beat();
+      }, this.settings.heartbeatInterval),
+      // Peers that owe an answer or what was missed are asked again, as often as each of them is due.
+      setInterval(() => {
+        this.requests.probe();
+        this.membership.askAll();
+      }, 100),
+    );
   }
 
   /** A message to servers that have a namespace open. */
@@ -2852,25 +2801,12 @@ class Node implements Context {
   }
 
   async #close(ms: number): Promise<void> {
-    const until = performance.now() + ms;
-    clearInterval(this.#heartbeat);
+    this.#timers.forEach(clearInterval);
     this.requests.close();
-    await within(ms, this.#replays.finished()); // what a peer has missed goes with this server
-    const left = await this.sender.close(until - performance.now());
+    const left = await this.sender.close(ms);
     await Promise.all([this.receiver.close(left > 0 ? 0 : UNBIND_PATIENCE), this.sender.connection.close()]);
-    this.membership.close();
     this.opened.reject(new Error("Closed before it was ready"));
     if (left > 0) throw new Error(`Closed before the broker had confirmed ${left} packets`);
-  }
-
-  #live(): Tenant[] {
-    return this.closing ? [] : [...this.tenants.values()].filter(({ key }) => this.receiver.isLive(key));
-  }
-
-  #introduce(): Introduction {
-    const { number, floor } = this.sender.publisher;
-    const [tenant] = this.tenants.values();
-    return { namespaces: this.#live().map(({ nsp }) => nsp.name), number, floor, shared: tenant?.shared ?? {} };
   }
 
   /** A connection is up, at the start or after a loss, or no longer blocked. */
@@ -2878,11 +2814,11 @@ class Node implements Context {
     if (this.upSince === undefined) return;
     this.reports.outageEnds();
     void this.#announce(true);
-    this.membership.ask();
+    this.membership.askAll();
   }
 
   async #announce(greets = false): Promise<void> {
-    const live = this.#live();
+    const { live } = this.receiver;
     if (await this.membership.announce(greets)) for (const { opened } of [...live, this]) opened.resolve();
   }
 }
@@ -3136,85 +3072,78 @@ class Batcher {
     const bytes = contentBytes + WAITING_OVERHEAD;
     this.#packets.push({ to, parts, bytes, at });
     this.bytes += bytes;
-    return this.bytes > this.#maxBytes ? this.#dropWhile(() => this.bytes > this.#maxBytes) : 0;
+    let dropped = 0;
+    while (this.bytes > this.#maxBytes) dropped += Number(!this.#shift()?.to.volatile);
+    return dropped;
   }
 
-  /** Drops what was emitted before a time, and returns how many. */
-  expire(before: number): number {
-    return this.#dropWhile(({ at }) => at < before);
-  }
-
-  dropVolatile(): void {
-    this.#packets = this.#packets.slice(this.#start).filter(({ to }) => !to.volatile);
+  /** Drops the packets that pass a test, and returns how many of them are not volatile. */
+  drop(test: (packet: Waiting) => boolean): number {
+    let dropped = 0;
+    this.#packets = this.#packets.slice(this.#start).filter((packet) => {
+      if (!test(packet)) return true;
+      this.bytes -= packet.bytes;
+      dropped += Number(!packet.to.volatile);
+      return false;
+    });
     this.#start = 0;
-    this.bytes = this.#packets.reduce((sum, { bytes }) => sum + bytes, 0);
+    return dropped;
   }
 
   /** Whether a frame made now would be smaller than one made later. */
   get mayGrow(): boolean {
-    if (this.bytes - this.size * WAITING_OVERHEAD >= this.#frameSize) return false;
     const [first, last] = [this.#packets[this.#start], this.#packets.at(-1)];
-    if (!first || !last || isSame(first.to, last.to)) return true;
-    return this.#maxKeys(first.to) > 1 && mayShare(first.to, last.to);
+    if (!first || !last || this.bytes - this.size * WAITING_OVERHEAD >= this.#frameSize) return false;
+    return isSame(first.to, last.to) || (mayShare(first.to, last.to) && this.#maxKeys(first.to.nsp) > 1);
   }
 
-  /** The packets of the next frame and its routing keys; undefined if nothing waits. */
-  take(): { packets: Waiting[]; keys: readonly string[] } | undefined {
-    const first = this.#packets[this.#start];
-    if (!first) return undefined;
+  /** What the next frame is made of, where its first packet goes, and its routing keys; undefined if nothing waits. */
+  next(): { to: Destination; packets: Waiting[]; keys: readonly string[] } | undefined {
+    const to = this.#packets[this.#start]?.to;
+    if (!to) return undefined;
     const packets: Waiting[] = [];
-    const maxKeys = this.#maxKeys(first.to);
-    const keys = new Set(first.to.keys);
+    const keys = new Set(to.keys);
+    const maxKeys = this.#maxKeys(to.nsp);
     let content = 0;
-    let previous = first.to;
-    for (let next: Waiting | undefined = first; next; next = this.#packets[this.#start]) {
-      const { to } = next;
-      content += next.bytes - WAITING_OVERHEAD;
+    let previous = to;
+    let isMixed = false;
+    for (let packet = this.#packets[this.#start]; packet; packet = this.#packets[this.#start]) {
+      content += packet.bytes - WAITING_OVERHEAD;
       if (content > this.#frameSize && packets.length > 0) break;
-      if (!isSame(to, previous)) {
-        if (!mayShare(to, first.to) || keys.size + to.keys.length > maxKeys) break;
-        for (const key of to.keys) keys.add(key);
-        previous = to;
+      if (!isSame(packet.to, previous)) {
+        previous = packet.to;
+        if (!mayShare(previous, to) || keys.size + previous.keys.length > maxKeys) break;
+        for (const key of previous.keys) keys.add(key);
+        isMixed = true;
       }
-      packets.push(next);
-      this.#shift(next);
+      packets.push(packet);
+      this.#shift();
     }
-    return { packets, keys: this.#route(packets, keys) };
+    return { to, packets, keys: this.#route(to.nsp, keys, isMixed) };
   }
 
   /** Up to how many keys the packets of one frame may have, if they are not all for the same rooms. */
-  #maxKeys({ nsp, kind }: Destination): number {
-    if (kind === SectionKind.Direct) return 1;
+  #maxKeys(nsp: string): number {
     if (this.#facts.servers(nsp) <= FEW_SERVERS) return Infinity;
     return this.#facts.severalKeys() ? MAX_KEYS : 1;
   }
 
-  #route([first, ...others]: Waiting[], keys: Set<string>): readonly string[] {
-    if (!first || keys.size === 1) return [...keys];
-    const everyone = [namespaceKey(first.to.nsp)];
-    const isForMany = keys.size >= Math.max(MANY_KEYS, this.#facts.servers(first.to.nsp));
-    if (isForMany && !others.every(({ to }) => isSame(to, first.to))) return everyone;
+  /** The keys that a frame takes: those of its packets, or that of everyone. */
+  #route(nsp: string, keys: ReadonlySet<string>, isMixed: boolean): readonly string[] {
+    if (keys.size === 1) return [...keys];
+    const everyone = [namespaceKey(nsp)];
+    if (isMixed && keys.size >= Math.max(MANY_KEYS, this.#facts.servers(nsp))) return everyone;
     let bytes = 0;
     for (const key of keys) bytes += KEY_OVERHEAD + key.length * 3;
     return this.#facts.severalKeys() && bytes <= this.#facts.maxKeyBytes() ? [...keys] : everyone;
   }
 
-  #dropWhile(test: (packet: Waiting) => boolean): number {
-    let dropped = 0;
-    for (let packet = this.#packets[this.#start]; packet && test(packet); packet = this.#packets[this.#start]) {
-      this.#shift(packet);
-      dropped += Number(!packet.to.volatile);
-    }
-    return dropped;
-  }
-
   /** Removes the oldest one. */
-  #shift({ bytes }: Waiting): void {
-    this.bytes -= bytes;
-    this.#start++;
-    if (this.#start * 2 < this.#packets.length) return;
-    this.#packets.splice(0, this.#start);
-    this.#start = 0;
+  #shift(): Waiting | undefined {
+    const oldest = this.#packets[this.#start++];
+    this.bytes -= oldest?.bytes ?? 0;
+    if (this.#start * 2 >= this.#packets.length) this.#start -= this.#packets.splice(0, this.#start).length;
+    return oldest;
   }
 }
 
@@ -3227,11 +3156,12 @@ const isSame = (a: Destination, b: Destination): boolean =>
     a.keys.length === b.keys.length &&
     a.keys.every((key, i) => key === b.keys[i]));
 
-/** Whether packets for both may travel in one frame; messages have their own. */
+/** Whether packets for both may travel in one frame: the kinds up to options with one another, messages with messages. */
 const mayShare = (a: Destination, b: Destination): boolean =>
-  a.nsp === b.nsp && a.volatile === b.volatile && isPacket(a) === isPacket(b) && !isDirect(a) && !isDirect(b);
-const isPacket = ({ kind }: Destination): boolean => kind < SectionKind.Messages;
-const isDirect = ({ kind }: Destination): boolean => kind === SectionKind.Direct;
+  a.nsp === b.nsp &&
+  a.volatile === b.volatile &&
+  a.kind !== SectionKind.Direct &&
+  Math.max(a.kind, SectionKind.Options) === Math.max(b.kind, SectionKind.Options);
 
 /** The log's memory comes in blocks of this many bytes, or less where `journal.bytes` is small; a larger frame has its own. */
 const BLOCK = 512 * 1024;
@@ -3241,16 +3171,14 @@ interface Block {
   readonly buffer: Buffer;
   /** The number of its first frame. */
   readonly first: number;
-  /** Of each frame: where it begins, how many bytes it has, and when it was made (ms, monotonic). */
-  readonly starts: number[];
-  readonly sizes: number[];
+  /** Of each frame: where it ends, and when it was made (ms, monotonic). */
+  readonly ends: number[];
   readonly times: number[];
-  end: number;
 }
 
 /**
- * The published frames of the last `journal.ms`, up to `journal.bytes`, or more where that is not confirmed. They stand in large
- * blocks, for as objects some hundred thousand frames would cost the garbage collector more than all else done with them.
+ * Frames by their numbers, which follow one another. They stand in large blocks, for as objects some hundred thousand frames
+ * would cost the garbage collector more than all else done with them.
  */
 class SentLog {
   /** The oldest number that is held, or the next one. */
@@ -3261,6 +3189,8 @@ class SentLog {
   readonly #blocks: Block[] = [];
   /** A block's memory that is free: what is used again costs no page faults. */
   #spare: Buffer | undefined;
+  /** Frames that have no content any more. */
+  readonly #withdrawn = new Set<number>();
   readonly #maxBytes: number;
   readonly #blockSize: number;
 
@@ -3269,75 +3199,66 @@ class SentLog {
     this.#blockSize = Math.min(BLOCK, Math.ceil(maxBytes / 16));
   }
 
+  /** When the oldest frame was made (ms, monotonic); undefined if there is none. */
+  get oldestAt(): number | undefined {
+    const [block] = this.#blocks;
+    return block?.times[this.first - block.first];
+  }
+
   /** Room for the frame with the next number. Numbers up to `floor` may be forgotten for it. */
   append(size: number, at: number, floor: number): Buffer {
-    while (this.bytes + size > this.#maxBytes && this.forget(floor));
+    while (this.bytes + size > this.#maxBytes && this.first <= floor) this.forget();
     let block = this.#blocks.at(-1);
-    if (!block || block.end + size > block.buffer.length) {
-      block = { buffer: this.#allocate(size), first: this.next, starts: [], sizes: [], times: [], end: 0 };
+    let start = block?.ends.at(-1) ?? 0;
+    if (!block || start + size > block.buffer.length) {
+      block = { buffer: this.#allocate(size), first: this.next, ends: [], times: [] };
+      start = 0;
       this.#blocks.push(block);
     }
-    block.starts.push(block.end);
-    block.sizes.push(size);
+    block.ends.push(start + size);
     block.times.push(at);
-    block.end += size;
     this.bytes += size;
     this.next++;
-    return block.buffer.subarray(block.end - size, block.end);
+    return block.buffer.subarray(start, start + size);
   }
 
   /** A frame that is held. Its bytes may be overwritten after the next `append()`. */
   get(number: number): Buffer | undefined {
-    const block = this.#blockOf(number);
-    if (!block) return undefined;
-    const [start = 0, size = 0] = [block.starts[number - block.first], block.sizes[number - block.first]];
-    return block.buffer.subarray(start, start + size);
-  }
-
-  /** When a frame was made (ms, monotonic). */
-  timeOf(number: number): number {
-    const block = this.#blockOf(number);
-    return block?.times[number - block.first] ?? 0;
-  }
-
-  /** Leaves a frame without content, so that its number is no hole. */
-  withdraw(number: number): void {
-    const [block, frame] = [this.#blockOf(number), this.get(number)];
-    if (!block || !frame) return;
-    emptyFrame(frame);
-    block.sizes[number - block.first] = EMPTY_FRAME;
-    this.bytes -= frame.length - EMPTY_FRAME;
-  }
-
-  /** Forgets what was made before a time and is confirmed up to `floor`. */
-  expire(before: number, floor: number): void {
-    while (this.forget(floor, before));
-    if (this.#blocks.length === 0) this.#spare = undefined;
-  }
-
-  /** Forgets the oldest frame if it is confirmed and old enough; with the last one of a block its memory. */
-  forget(floor: number, before: number = Infinity): boolean {
-    const [block] = this.#blocks;
-    if (!block || this.first > floor) return false;
-    const index = this.first - block.first;
-    if ((block.times[index] ?? 0) >= before) return false;
-    this.bytes -= block.sizes[index] ?? 0;
-    this.first++;
-    if (index < block.sizes.length - 1) return true;
-    this.#blocks.shift();
-    if (block.buffer.length === this.#blockSize) this.#spare = block.buffer;
-    return true;
-  }
-
-  #blockOf(number: number): Block | undefined {
     if (number < this.first || number >= this.next) return undefined;
-    return this.#blocks.findLast(({ first }) => first <= number);
+    const block = this.#blocks.findLast(({ first }) => first <= number);
+    if (!block) return undefined;
+    const { ends, buffer, first } = block;
+    const start = ends[number - first - 1] ?? 0;
+    return buffer.subarray(start, this.#withdrawn.has(number) ? start + EMPTY_FRAME : ends[number - first]);
+  }
+
+  /** Takes a frame's content away and returns what is left, so that its number is no hole. */
+  withdraw(number: number): Buffer | undefined {
+    const frame = this.get(number);
+    if (!frame) return undefined;
+    emptyFrame(frame);
+    this.#withdrawn.add(number);
+    return frame.subarray(0, EMPTY_FRAME);
+  }
+
+  /** Forgets the oldest frame; with the last one of a block its memory. */
+  forget(): void {
+    const [block] = this.#blocks;
+    if (!block) return;
+    const index = this.first - block.first;
+    this.bytes -= (block.ends[index] ?? 0) - (block.ends[index - 1] ?? 0);
+    this.#withdrawn.delete(this.first++);
+    if (index < block.ends.length - 1) return;
+    this.#blocks.shift();
+    const isReusable = this.#blocks.length > 0 && block.buffer.length === this.#blockSize;
+    this.#spare = isReusable ? block.buffer : undefined;
   }
 
   #allocate(size: number): Buffer {
-    const spare = this.#spare;
+    if (size > this.#blockSize) return Buffer.allocUnsafeSlow(size);
+    const buffer = this.#spare ?? Buffer.allocUnsafeSlow(this.#blockSize);
     this.#spare = undefined;
-    return size <= this.#blockSize && spare ? spare : Buffer.allocUnsafeSlow(Math.max(size, this.#blockSize));
+    return buffer;
   }
 }
 
@@ -3355,22 +3276,20 @@ type Outcome = "taken" | "refused" | "lost";
 /** Publishes a message. Calls back later. */
 type Transmit = (message: Outgoing, confirmed: (outcome: Outcome) => void) => void;
 
-/** A frame that the broker has not confirmed yet, or that is confirmed behind one that is not. */
-interface Flight {
+/** A frame that the broker has not confirmed yet. */
+interface Flight extends Outgoing {
   /** 0 if it is volatile. */
   readonly number: number;
-  readonly keys: readonly string[];
-  readonly direct: boolean;
-  readonly size: number;
-  readonly packets: number;
   readonly digests: readonly number[];
-  confirmed: boolean;
+  keys: readonly string[];
+  body: Buffer;
+  packets: number;
 }
 
 interface PublisherEvents {
   /** Packets were given up: too many waited, or for too long. */
   dropped(packets: number): void;
-  /** Runs `flush()` after so many ms, unless it is planned already. */
+  /** Runs `flush()` after so many ms, unless it is planned already; with 0 at the end of this turn of the event loop. */
   flushIn(ms: number): void;
 }
 
@@ -3390,9 +3309,6 @@ const MAX_DIGESTS = 64;
  * frame grow while others are unconfirmed: Nagle's algorithm (RFC 896), with confirms for acknowledgements. No I/O of its own.
  */
 class Publisher {
-  /** The number of the last frame that was published, and the one up to which all are confirmed. */
-  number = 0;
-  floor = 0;
   framesSent = 0;
   packetsSent = 0;
   readonly log: SentLog;
@@ -3404,12 +3320,13 @@ class Publisher {
   #transmit: Transmit | undefined;
   /** Whether the broker takes no messages for a while, for it lacks memory or disk. */
   #blocked = false;
+  /** In the order in which they were published. */
   #flights: Flight[] = [];
   #bytesInFlight = 0;
   #publishedAt = -Infinity;
-  /** When the packets of this turn of the event loop are emitted (ms, monotonic). */
+  /** When the packets of this turn of the event loop are emitted (ms, monotonic); undefined until the first one. */
   #turnAt: number | undefined;
-  readonly #waiters: (() => void)[] = [];
+  readonly #onDrained: (() => void)[] = [];
 
   constructor(
     uid: string,
@@ -3426,6 +3343,16 @@ class Publisher {
     this.log = new SentLog(journal.bytes);
   }
 
+  /** The number of the last frame that was published. */
+  get number(): number {
+    return this.log.next - 1;
+  }
+
+  /** Every number up to it is confirmed. */
+  get floor(): number {
+    return (this.#flights.find(({ number }) => number > 0)?.number ?? this.log.next) - 1;
+  }
+
   /** Whether frames leave at once: the connection is up and the broker takes messages. */
   get ready(): boolean {
     return this.#transmit !== undefined && !this.#blocked;
@@ -3437,16 +3364,13 @@ class Publisher {
 
   /** How many packets are not confirmed yet. */
   get unconfirmedPackets(): number {
-    return this.#flights.reduce((sum, { packets, confirmed }) => sum + (confirmed ? 0 : packets), this.batcher.size);
+    return this.#flights.reduce((sum, { packets }) => sum + packets, this.batcher.size);
   }
 
   /** Publishes what has not been confirmed once more, with its numbers, and then what waits. */
   up(transmit: Transmit): void {
     this.#transmit = transmit;
-    for (const flight of this.#flights) {
-      const body = this.log.get(flight.number);
-      if (body && !flight.confirmed) this.#send(flight, body);
-    }
+    for (const flight of this.#flights) this.#send(flight);
     this.expire();
     this.flush();
   }
@@ -3457,8 +3381,8 @@ class Publisher {
     this.#blocked = false;
     this.#bytesInFlight = 0;
     this.#flights = this.#flights.filter(({ number }) => number > 0);
-    this.batcher.dropVolatile();
-    this.#settle();
+    this.batcher.drop(({ to }) => to.volatile);
+    this.#checkDrained();
   }
 
   block(blocked: boolean): void {
@@ -3480,106 +3404,97 @@ class Publisher {
 
   add(to: Destination, parts: readonly Part[], bytes: number): void {
     if (to.volatile && !this.ready) return;
-    const dropped = this.batcher.add(to, parts, bytes, (this.#turnAt ??= this.#now()));
+    if (this.#turnAt === undefined) {
+      this.#turnAt = this.#now();
+      this.#events.flushIn(0);
+    }
+    const dropped = this.batcher.add(to, parts, bytes, this.#turnAt);
     if (dropped > 0) this.#events.dropped(dropped);
   }
 
   readonly flush = (): void => {
     this.#turnAt = undefined;
     while (this.ready && this.#bytesInFlight < IN_FLIGHT && this.batcher.size > 0) {
-      const wait = this.#flights.length > 0 && this.batcher.mayGrow ? this.#untilNext() : 0;
-      if (wait > 0) return this.#events.flushIn(wait);
+      if (this.#flights.length > 0 && this.batcher.mayGrow) {
+        const spacing = this.#flights.length < WINDOW ? SPACING : STALLED_SPACING;
+        const wait = this.#publishedAt + spacing - this.#now();
+        if (wait > 0) return this.#events.flushIn(wait);
+      }
       this.#publish();
     }
   };
 
   /** Forgets what is older than the journal keeps it; packets that wait only while the broker is away. */
   expire(): void {
+    const { log, floor } = this;
     const before = this.#now() - this.#journalMs;
-    this.log.expire(before, this.floor);
-    const dropped = this.ready ? 0 : this.batcher.expire(before);
+    while (log.first <= floor && (log.oldestAt ?? before) < before) log.forget();
+    const dropped = this.ready ? 0 : this.batcher.drop(({ at }) => at < before);
     if (dropped > 0) this.#events.dropped(dropped);
   }
 
   /** Resolves once all that was added is confirmed. */
   drained(): Promise<void> {
     return new Promise((resolve) => {
-      this.#waiters.push(resolve);
-      this.#settle();
+      this.#onDrained.push(resolve);
+      this.#checkDrained();
     });
   }
 
   /** The broker has refused a frame as too large: the largest that is unconfirmed is given up. Returns its size. */
   giveUpLargest(): number {
-    const weight = ({ size, keys }: Flight) => size + keys.join().length;
-    const unconfirmed = this.#flights.filter(({ confirmed }) => !confirmed);
-    const [largest] = unconfirmed.sort((a, b) => weight(b) - weight(a));
+    const sizeOf = ({ body, keys }: Flight) => body.length + keys.join().length;
+    const [largest] = this.#flights.toSorted((a, b) => sizeOf(b) - sizeOf(a));
     if (!largest) return 0;
-    this.log.withdraw(largest.number); // the number stays, so nobody misses it
-    const empty = { ...largest, keys: largest.keys.slice(0, 1), size: EMPTY_FRAME, packets: 0 };
-    this.#flights = this.#flights.map((flight) => (flight === largest ? empty : flight));
-    return weight(largest);
-  }
-
-  #untilNext(): number {
-    const spacing = this.#flights.length < WINDOW ? SPACING : STALLED_SPACING;
-    return this.#publishedAt + spacing - this.#now();
+    const size = sizeOf(largest);
+    largest.body = this.log.withdraw(largest.number) ?? largest.body; // the number stays, so nobody misses it
+    largest.keys = largest.keys.slice(0, 1);
+    largest.packets = 0;
+    return size;
   }
 
   #publish(): void {
-    const { packets, keys } = this.batcher.take() ?? { packets: [], keys: [] };
-    const to = packets[0]?.to;
-    if (!to) return;
-    const number = to.volatile ? 0 : this.number + 1;
-    const predecessors = to.volatile ? [] : predecessorsIn(this.#flights, number);
+    const batch = this.batcher.next();
+    if (!batch) return;
+    const { to, keys, packets } = batch;
+    const number = to.volatile ? 0 : this.log.next;
     const allocate = (size: number) =>
       to.volatile ? Buffer.allocUnsafe(size) : this.log.append(size, this.#now(), this.floor);
+    const predecessors = to.volatile ? [] : predecessorsIn(this.#flights, number);
     const body = writeFrame(allocate, this.#uid, number, this.floor, packets, predecessors);
-    if (number > 0) this.number = number;
-    const flight: Flight = {
-      number,
-      keys,
-      direct: to.kind === SectionKind.Direct,
-      size: body.length,
-      packets: packets.length,
-      digests: keys.slice(0, MAX_DIGESTS).map(digestOf),
-      confirmed: false,
-    };
+    const digests = keys.slice(0, MAX_DIGESTS).map(digestOf);
+    const direct = to.kind === SectionKind.Direct;
+    const flight: Flight = { number, keys, body, direct, digests, packets: packets.length };
     this.#flights.push(flight);
     this.packetsSent += packets.length;
-    this.#send(flight, body);
+    this.#send(flight);
   }
 
-  #send(flight: Flight, body: Buffer): void {
+  #send(flight: Flight): void {
     const transmit = this.#transmit;
-    this.#bytesInFlight += flight.size;
+    this.#bytesInFlight += flight.body.length;
     this.#publishedAt = this.#now();
     this.framesSent++;
-    transmit?.({ keys: flight.keys, body, direct: flight.direct }, (outcome) => {
+    transmit?.(flight, (outcome) => {
       // What is refused is not sent again: others have it, and a server whose queue was gone asks when it is back.
       if (outcome === "lost" || transmit !== this.#transmit) return;
-      flight.confirmed = true;
-      this.#bytesInFlight -= flight.size;
-      this.#settle();
+      this.#flights.splice(this.#flights.indexOf(flight), 1);
+      this.#bytesInFlight -= flight.body.length;
+      this.#checkDrained();
       this.flush();
     });
   }
 
-  /** Moves the floor. */
-  #settle(): void {
-    const unconfirmed = this.#flights.findIndex(({ confirmed }) => !confirmed);
-    const settled = this.#flights.splice(0, unconfirmed < 0 ? this.#flights.length : unconfirmed);
-    this.floor = settled.findLast(({ number }) => number > 0)?.number ?? this.floor;
-    if (this.#flights.length > 0) return;
-    this.floor = this.number;
-    if (this.batcher.size === 0) for (const resolve of this.#waiters.splice(0)) resolve();
+  #checkDrained(): void {
+    if (this.#flights.length + this.batcher.size > 0) return;
+    for (const resolve of this.#onDrained.splice(0)) resolve();
   }
 }
 
 /** Unconfirmed frames before the one with this number: how many numbers back each is, and the digest of each of its keys. */
 function predecessorsIn(flights: readonly Flight[], next: number): number[] {
-  const unconfirmed = flights.slice(-MAX_PREDECESSORS).filter(({ number, confirmed }) => number > 0 && !confirmed);
-  const predecessors = unconfirmed
+  const numbered = flights.slice(-MAX_PREDECESSORS).filter(({ number }) => number > 0);
+  const predecessors = numbered
     .reverse()
     .flatMap(({ number, digests }) => digests.flatMap((digest) => [next - number, digest]));
   return predecessors.slice(0, 2 * MAX_DIGESTS);
@@ -3595,25 +3510,21 @@ const JOINED_FROM_AFAR = 10_000;
 
 /** Which routing keys the packets and messages of a namespace take. */
 class Routes {
-  readonly #key: string;
-  /** By room; users pass `undefined` as well, and mean a room that nobody is in. */
-  readonly #ready = new Map<Room | undefined, Destination>();
-  readonly #everyone: Destination;
-  readonly #messages: Destination;
-  /** Rooms that sockets of other servers were made to join, and until when their packets go to everyone (ms, monotonic). */
-  readonly #fromAfar = new Map<Room, number>();
-
   readonly nsp: string;
   readonly #socketRooms: boolean;
+  readonly #everyone: Destination;
+  readonly #messages: Destination;
+  /** By room. */
+  readonly #ready = new Map<Room, Destination>();
+  /** Rooms that sockets of other servers were made to join, and until when their packets go to everyone (ms, monotonic). */
+  readonly #fromAfar = new Map<Room, number>();
 
   /** `socketRooms`: whether rooms named like a socket id have a key of their own. */
   constructor(nsp: string, socketRooms: boolean) {
     this.nsp = nsp;
     this.#socketRooms = socketRooms;
-    this.#key = namespaceKey(nsp);
-    const keys = [this.#key];
-    this.#everyone = { nsp, kind: SectionKind.Everyone, head: "", keys, volatile: false };
-    this.#messages = { nsp, kind: SectionKind.Messages, head: "", keys, volatile: false };
+    this.#everyone = { nsp, kind: SectionKind.Everyone, head: "", keys: [namespaceKey(nsp)], volatile: false };
+    this.#messages = { ...this.#everyone, kind: SectionKind.Messages };
   }
 
   /** Whether a room has a routing key of its own; the packets for others go to everyone. */
@@ -3626,12 +3537,12 @@ class Routes {
     if (rooms.size > 1 || except?.size || flags?.volatile !== undefined || flags?.compress !== undefined)
       return this.#withOptions(opts);
     if (rooms.size === 0) return this.#everyone;
-    const [room] = rooms as Set<Room | undefined>;
+    const [room] = rooms;
+    if (typeof room !== "string") return this.#withOptions(opts); // users pass `undefined` as well
     const ready = this.#ready.get(room);
-    if (ready && (this.#fromAfar.size === 0 || !this.#isFromAfar(room))) return ready;
-    if (typeof room !== "string") return this.#withOptions({ rooms });
+    if (ready) return ready;
     const destination = { ...this.#everyone, kind: SectionKind.Room, head: room, keys: this.#keys(rooms) };
-    if (this.#isFromAfar(room)) return destination;
+    if (this.#fromAfar.has(room)) return destination;
     if (this.#ready.size >= MAX_ROUTES) this.#ready.clear();
     this.#ready.set(room, destination);
     return destination;
@@ -3651,22 +3562,20 @@ class Routes {
 
   /** Other servers' sockets are made to join these rooms. */
   joinFromAfar(rooms: Room[]): void {
-    const now = performance.now();
-    for (const [room, until] of this.#fromAfar) {
-      if (until > now) break; // the oldest stand first
-      this.#fromAfar.delete(room);
-    }
+    for (const room of this.#fromAfar.keys()) if (this.#isFromAfar(room)) break; // the oldest stand first
     for (const room of rooms) {
+      this.#ready.delete(room);
       this.#fromAfar.delete(room);
-      this.#fromAfar.set(room, now + JOINED_FROM_AFAR);
+      this.#fromAfar.set(room, performance.now() + JOINED_FROM_AFAR);
     }
   }
 
-  #isFromAfar(room: Room | undefined): boolean {
-    const until = room === undefined ? undefined : this.#fromAfar.get(room);
+  /** Forgets a room that has been bound in the meantime. */
+  #isFromAfar(room: Room): boolean {
+    const until = this.#fromAfar.get(room);
     if (until === undefined) return false;
     if (until > performance.now()) return true;
-    if (room !== undefined) this.#fromAfar.delete(room);
+    this.#fromAfar.delete(room);
     return false;
   }
 
@@ -3676,13 +3585,13 @@ class Routes {
     return { ...this.#everyone, kind: SectionKind.Options, head, keys: this.#keys(rooms), volatile };
   }
 
-  #keys(rooms: Iterable<Room>): string[] {
+  #keys(rooms: Iterable<Room>): readonly string[] {
     const keys = new Set<string>();
     for (const room of rooms) {
-      if (!this.hasKey(room) || this.#isFromAfar(room)) return [this.#key];
+      if (this.#isFromAfar(room) || !this.hasKey(room)) return this.#everyone.keys;
       keys.add(roomKey(this.nsp, room));
     }
-    return keys.size === 0 ? [this.#key] : [...keys];
+    return keys.size === 0 ? this.#everyone.keys : [...keys];
   }
 }
 
@@ -4057,8 +3966,6 @@ async function openLane(model: AmqpConnection): Promise<Channel> {
 interface ConnectionEvents {
   /** Everything that has to be done on a new connection, at the start and after each loss. */
   up(model: AmqpConnection, lose: Lose): Promise<void>;
-  /** It has been done. */
-  live(): void;
   down(error: Error): void;
 }
 type Lose = (error: Error) => void;
@@ -4122,7 +4029,6 @@ class Connection {
         this.upSince = performance.now();
         this.reconnects++;
         reported = undefined;
-        this.#events.live();
         this.#context.changed("connect", this.#name);
         await ended;
       } catch (reason) {
