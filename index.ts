@@ -2527,7 +2527,7 @@ class Receiver {
   }
 
   /** Whether what is published under a key, by its digest, should come to this queue. */
-  readonly expects = (digest: number): boolean => this.#topology?.bindings.gets(digest) ?? false;
+  readonly expects = (digest: number): boolean => this.#topology?.bindings.expects(digest) ?? false;
 
   /** A peer's queue has gone: an exchange of a room may have gone with it that others have bound just then. */
   renewSoon(): void {
@@ -3280,6 +3280,8 @@ type Transmit = (message: Outgoing, confirmed: (outcome: Outcome) => void) => vo
 interface Flight extends Outgoing {
   /** 0 if it is volatile. */
   readonly number: number;
+  /** When it was made (ms, monotonic). */
+  readonly at: number;
   readonly digests: readonly number[];
   keys: readonly string[];
   body: Buffer;
@@ -3370,7 +3372,11 @@ class Publisher {
   /** Publishes what has not been confirmed once more, with its numbers, and then what waits. */
   up(transmit: Transmit): void {
     this.#transmit = transmit;
-    for (const flight of this.#flights) this.#send(flight);
+    const before = this.#now() - this.#journalMs;
+    for (const flight of this.#flights) {
+      if (flight.at < before) this.#events.dropped(this.#withdraw(flight)); // peers may have forgotten whether they have it
+      this.#send(flight);
+    }
     this.expire();
     this.flush();
   }
@@ -3447,10 +3453,17 @@ class Publisher {
     const [largest] = this.#flights.toSorted((a, b) => sizeOf(b) - sizeOf(a));
     if (!largest) return 0;
     const size = sizeOf(largest);
-    largest.body = this.log.withdraw(largest.number) ?? largest.body; // the number stays, so nobody misses it
-    largest.keys = largest.keys.slice(0, 1);
-    largest.packets = 0;
+    this.#withdraw(largest);
     return size;
+  }
+
+  /** Takes a frame's packets away, and returns how many. Its number stays, so nobody misses it. */
+  #withdraw(flight: Flight): number {
+    const { packets } = flight;
+    flight.body = this.log.withdraw(flight.number) ?? flight.body;
+    flight.keys = flight.keys.slice(0, 1);
+    flight.packets = 0;
+    return packets;
   }
 
   #publish(): void {
@@ -3464,7 +3477,7 @@ class Publisher {
     const body = writeFrame(allocate, this.#uid, number, this.floor, packets, predecessors);
     const digests = keys.slice(0, MAX_DIGESTS).map(digestOf);
     const direct = to.kind === SectionKind.Direct;
-    const flight: Flight = { number, keys, body, direct, digests, packets: packets.length };
+    const flight: Flight = { number, at: this.#now(), keys, body, direct, digests, packets: packets.length };
     this.#flights.push(flight);
     this.packetsSent += packets.length;
     this.#send(flight);
@@ -3619,6 +3632,8 @@ interface BindingChange {
 
 /** Stands for all routing keys: a binding to the main exchange. */
 const EVERYTHING = "";
+/** For how many ms a frame may be under way that was routed before a key was bound. */
+const UNDER_WAY = 2_000;
 /** With more bindings to make than this, the queue gets everything until they are made, for then joins need not wait. */
 const STORM = 32;
 /**
@@ -3635,8 +3650,8 @@ class Bindings {
   /** Adapters by the name of their namespace. */
   readonly #owners: ReadonlyMap<string, RoomOwner>;
   #mayHaveExchanges: boolean;
-  /** The digests of bound keys, and of the server's own. */
-  readonly #digests: Set<number>;
+  /** Since when the queue has got what is published under a key, by its digest (ms, monotonic). */
+  readonly #gotSince: Map<number, number>;
   /** Keys to bind, to unbind, and to bind once more, in this order: nobody waits for the last two. */
   readonly #joins = new Set<string>();
   readonly #leaves = new Set<string>();
@@ -3650,7 +3665,7 @@ class Bindings {
   constructor(owners: ReadonlyMap<string, RoomOwner>, mayHaveExchanges: boolean, ownKeys: string[]) {
     this.#owners = owners;
     this.#mayHaveExchanges = mayHaveExchanges;
-    this.#digests = new Set(ownKeys.map(digestOf));
+    this.#gotSince = new Map([EVERYTHING, ...ownKeys].map((key) => [digestOf(key), -Infinity]));
   }
 
   /** Whether the queue gets what is published under this key, and what is for everyone in its namespace. */
@@ -3659,9 +3674,13 @@ class Bindings {
     return bound.has(EVERYTHING) || (bound.has(key) && bound.has(this.#namespaceKey(key)));
   }
 
-  /** Whether the queue gets what is published under a key with this digest. */
-  gets(digest: number): boolean {
-    return this.bound.has(EVERYTHING) || this.#digests.has(digest);
+  /**
+   * Whether what was published under a key, by its digest, must have come to the queue if it was unconfirmed a moment ago. While a
+   * key is being bound it may have been routed before: a client that joins a room does not hear what came before it.
+   */
+  expects(digest: number): boolean {
+    const since = Math.min(this.#gotSince.get(digest) ?? Infinity, this.#everythingSince);
+    return since < Infinity && performance.now() - since > UNDER_WAY;
   }
 
   /** A key may have to be bound or unbound. The promise resolves when one that is wanted is live. */
@@ -3699,8 +3718,9 @@ class Bindings {
     this.#busy.delete(key);
     if (to) {
       this.bound.set(key, to);
-      this.#digests.add(digestOf(key));
-    } else this.#digests.delete(digestOf(key));
+      const digest = digestOf(key);
+      if (!this.#gotSince.has(digest)) this.#gotSince.set(digest, Math.min(performance.now(), this.#everythingSince));
+    }
     void this.look(key);
     if (this.#namespaceKey(key) !== key) return;
     for (const room of this.#waiting.keys()) void this.look(room); // they wait for their namespace as well
@@ -3726,6 +3746,10 @@ class Bindings {
     for (const key of [...this.#waiting.keys(), ...this.viaExchange()]) void this.look(key);
   }
 
+  get #everythingSince(): number {
+    return this.#gotSince.get(digestOf(EVERYTHING)) ?? Infinity;
+  }
+
   /** How many bindings are still to be made. */
   get #unmade(): number {
     let count = this.#joins.size;
@@ -3745,7 +3769,10 @@ class Bindings {
   #begin(key: string, renews = false): BindingChange | undefined {
     const [from, to] = [this.bound.get(key), this.#wants(key)];
     if (this.#busy.has(key) || (from === to && !(renews && to === "exchange"))) return undefined;
-    if (!to) this.bound.delete(key);
+    if (!to) {
+      this.bound.delete(key);
+      this.#gotSince.delete(digestOf(key));
+    }
     const change = { key, from, to };
     this.#busy.set(key, change);
     return change;
@@ -4092,6 +4119,7 @@ async function release(model: AmqpConnection): Promise<void> {
   const emitter: NodeJS.EventEmitter = model;
   emitter.on("error", ignore); // one that came too late has no listener yet
   await within(CLOSE_PATIENCE, model.close().catch(ignore));
+  internals(model).stream?.destroy?.(); // over a dead link it would keep the process alive until a heartbeat is missed
 }
 
 /** What a promise resolves to, or undefined after `ms`. */
