@@ -897,6 +897,7 @@ describe("namespaces", () => {
     });
     node.io.of(/^\/dynamic-/);
     await node.adapter.ready;
+    await settled(); // until then the queue gets everything, and no client is held back
     link.latency = 100; // clients are held back until their namespace is bound
     const [ann, bob] = [0, 1].map(() => {
       const manager = new Manager(`http://127.0.0.1:${node.port}`, { transports: ["websocket"], reconnection: false });
