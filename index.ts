@@ -891,7 +891,7 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
 
   /** The other servers that have this namespace open. */
   get #peers(): string[] {
-    return this.node.membership.serversOf(this.nsp.name);
+    return this.#closing ? [] : this.node.membership.serversOf(this.nsp.name);
   }
 
   override broadcast(packet: Packet, opts: BroadcastOptions): void {
@@ -2408,6 +2408,7 @@ class Sender {
     const left = this.publisher.unconfirmedPackets;
     const bye = this.tell(ALL_SERVERS, { type: "bye", number: this.publisher.number });
     if (left === 0) await within(CLOSE_PATIENCE, bye);
+    this.publisher.down(); // nothing is said behind a goodbye
     clearTimeout(this.#flushing);
     this.tick();
     return left;
