@@ -1932,7 +1932,7 @@ class Reports {
   last: Error | undefined;
   readonly #listeners: () => Iterable<Pick<Tenant, "report">>;
   readonly #warned = new Set<string>();
-  /** What `once()` has reported. */
+  /** What `once()` has reported, within bounds. */
   readonly #said = new Set<string>();
 
   constructor(listeners: () => Iterable<Pick<Tenant, "report">>) {
@@ -1954,7 +1954,7 @@ class Reports {
 
   /** What stays as it is, so that once is enough: `subject` says what of which peer. */
   once(subject: string, error: Error): void {
-    if (this.#said.has(subject) || this.#said.size >= MAX_SAID) return;
+    if (this.#said.has(subject) || this.#said.size >= 1_000) return;
     this.#said.add(subject);
     this.report(error);
   }
@@ -1972,9 +1972,6 @@ class Reports {
     this.#warned.clear();
   }
 }
-
-/** So many things that were reported once are remembered. */
-const MAX_SAID = 1_000;
 
 /** Another server or emitter that has been heard of. Times are in ms, monotonic. */
 interface Peer {
@@ -2006,9 +2003,9 @@ const GRACE = 2_000;
 /** For how many ms a peer without a queue may come back: one that the broker refuses tries again after 10 s. */
 const RETURN = 20_000;
 
-/** Who else is there, with which namespaces; what each peer has sent. */
+/** Who else is there, and with which namespaces. */
 class Membership {
-  readonly #peers = new Map<string, Peer>();
+  readonly peers: Map<string, Peer> = new Map();
   readonly #context: Context;
   readonly #sender: Sender;
   readonly #receiver: Receiver;
@@ -2020,8 +2017,6 @@ class Membership {
   #announcedAt = -Infinity;
   /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
   #heardAt = 0;
-  /** When this server was last away from the broker (ms, monotonic). */
-  #awayAt = -Infinity;
 
   constructor(context: Context, sender: Sender, receiver: Receiver, requests: Requests) {
     this.#context = context;
@@ -2033,13 +2028,13 @@ class Membership {
   /** The servers that have a namespace open, this one not counted. */
   serversOf(nsp: string): string[] {
     const uids: string[] = [];
-    for (const peer of this.#peers.values()) if (peer.namespaces?.has(nsp)) uids.push(peer.uid);
+    for (const peer of this.peers.values()) if (peer.namespaces?.has(nsp)) uids.push(peer.uid);
     return uids;
   }
 
   /** The number of the last frame that came of each peer; undefined while some may be missing. */
   heard(): Record<string, number> | undefined {
-    const peers = [...this.#peers.values()];
+    const peers = [...this.peers.values()];
     // Nobody waits for one whose queue is gone.
     if (peers.some(({ stream, queueGoneAt }) => stream.catchUp && queueGoneAt === undefined)) return undefined;
     return Object.fromEntries(peers.map(({ uid, stream }) => [uid, stream.highest]));
@@ -2047,20 +2042,15 @@ class Membership {
 
   /** How many rooms are bound, on all servers. */
   get rooms(): number {
-    return this.#peers.values().reduce((sum, { rooms }) => sum + rooms, this.#receiver.countBound());
+    return this.peers.values().reduce((sum, { rooms }) => sum + rooms, this.#receiver.countBound());
   }
 
   /** Whoever sent what the queue has just delivered; undefined for this server itself. */
   hear(uid: string, newStream: (uid: string) => PeerStream<Frame>): Peer | undefined {
     this.#heardAt = performance.now();
     if (uid === this.#context.uid) return undefined;
-    let peer = this.#peers.get(uid);
-    if (!peer) {
-      peer = { uid, stream: newStream(uid), heardAt: 0, rooms: 0, askAt: 0 };
-      this.#peers.set(uid, peer);
-      // It may have begun to send during an outage.
-      if (this.#heardAt - this.#awayAt < this.#context.settings.journal.ms) peer.stream.startCatchUp();
-    }
+    let peer = this.peers.get(uid);
+    if (!peer) this.peers.set(uid, (peer = { uid, stream: newStream(uid), heardAt: 0, rooms: 0, askAt: 0 }));
     peer.heardAt = this.#heardAt;
     return peer;
   }
@@ -2078,10 +2068,10 @@ class Membership {
       case "bye":
         this.#leaves(peer);
         this.#giveUp(peer, "has closed", control.number);
-        this.#peers.delete(uid);
+        this.peers.delete(uid);
         return;
       case "missing":
-        if (this.#peers.get(control.uid)?.namespaces) this.#tell(control.uid, { type: "ping" });
+        if (this.peers.get(control.uid)?.namespaces) this.#tell(control.uid, { type: "ping" });
         return;
       case "ask":
         return this.#sender.replay(peer, control);
@@ -2094,7 +2084,7 @@ class Membership {
 
   /** A message to its queue came back. */
   onUnreachable(uid: string): void {
-    const peer = this.#peers.get(uid);
+    const peer = this.peers.get(uid);
     if (!peer) return;
     const now = performance.now();
     const { upSince = now } = this.#context;
@@ -2120,40 +2110,17 @@ class Membership {
   beat(): void {
     const { settings, upSince = performance.now() } = this.#context;
     const { heartbeatTimeout, journal } = settings;
-    for (const peer of this.#peers.values()) {
+    for (const peer of this.peers.values()) {
       // Measured by what the queue delivers: after an outage nobody has been silent.
       const silence = this.#heardAt - Math.max(peer.heardAt, upSince);
       if (silence > heartbeatTimeout && peer.namespaces) this.#leaves(peer);
       if (silence <= heartbeatTimeout + journal.ms) continue; // it may come back, and publish again what has been seen
       this.#giveUp(peer, "is silent");
-      this.#peers.delete(peer.uid);
+      this.peers.delete(peer.uid);
     }
     const { number, floor } = this.#sender.publisher;
     const rooms = this.#receiver.countBound();
     void this.#sender.tell(ALL_SERVERS, { type: "beat", revision: this.#revision, number, floor, rooms });
-  }
-
-  /** This server has been away, and may have missed something: each peer is asked for it. An emitter misses nothing. */
-  startCatchUp(): void {
-    if (this.#context.tenants.size === 0) return;
-    this.#awayAt = performance.now();
-    for (const peer of this.#peers.values()) {
-      peer.stream.startCatchUp();
-      peer.askAt = 0;
-    }
-  }
-
-  /** Asks a peer that may have sent what did not come, again and again: its queue may not be back yet. */
-  ask(peer: Peer): void {
-    const { uid, stream, askAt } = peer;
-    const now = performance.now();
-    if (!stream.catchUp || askAt > now || this.#context.upSince === undefined) return;
-    peer.askAt = now + ASK_AGAIN;
-    this.#tell(uid, { type: "ask", id: stream.catchUp.id, after: stream.cursor });
-  }
-
-  askAll(): void {
-    for (const peer of this.#peers.values()) this.ask(peer);
   }
 
   #onHello(peer: Peer, hello: Control & { type: "hello" }): void {
@@ -2165,7 +2132,6 @@ class Membership {
     peer.stream.hears(hello.number, hello.floor);
     if (hello.reply) this.#tell(peer.uid, this.#hello(false));
     this.#compare(peer.uid, hello.shared);
-    this.ask(peer);
   }
 
   async #announceSoon(): Promise<boolean> {
@@ -2226,7 +2192,7 @@ class Membership {
 interface Answers {
   /** Takes an answer; true once that peer has said all. */
   readonly take: (message: Answer, from: string) => boolean;
-  /** A peer has said all, or is gone. */
+  /** A peer has said all, or has left. */
   readonly done?: ((uid: string) => void) | undefined;
 }
 interface Request extends Answers {
@@ -2248,7 +2214,7 @@ class Requests {
     this.#sender = sender;
   }
 
-  /** Resolves when each of `peers` has said all or is gone, or after `ms`, with how many have not. */
+  /** Resolves when each of `peers` has said all or has left, or after `ms`, with how many have not. */
   ask(peers: string[], ms: number, send: (id: string) => void, answers: Answers): Promise<number> {
     if (peers.length === 0) return Promise.resolve(0);
     const id = `${this.#uid}.${++this.#count}`;
@@ -2267,7 +2233,7 @@ class Requests {
     if (request?.owing.has(from) && request.take(message, from)) this.#finish(request, from);
   }
 
-  /** A peer is gone. */
+  /** Nobody waits for this peer. */
   onLeave(uid: string): void {
     for (const request of this.#open.values()) this.#finish(request, uid);
   }
@@ -2293,8 +2259,6 @@ class Requests {
 const FEW_BINDINGS = 500;
 /** What the header and a replay add to a packet, at most (bytes). */
 const OVERHEAD = 768;
-/** How many bytes of a frame header the message's other properties may take. */
-const HEADER_RESERVE = 1_024;
 /** The AMQP type of a frame that its receiver has asked for again. */
 const AGAIN = "again";
 /** How many replayed frames may be unconfirmed. */
@@ -2328,11 +2292,8 @@ class Sender {
     const { uid, settings, reports } = context;
     this.#context = context;
     this.#events = events;
-    const facts: RoutingFacts = {
-      servers: events.servers,
-      severalKeys: () => this.#looksKeysUp || events.rooms() <= FEW_BINDINGS,
-      maxKeyBytes: () => this.#maxKeyBytes,
-    };
+    const severalKeys = () => this.#looksKeysUp || events.rooms() <= FEW_BINDINGS;
+    const facts = { servers: events.servers, severalKeys, maxKeyBytes: () => this.#maxKeyBytes };
     this.publisher = new Publisher(uid, settings, facts, {
       dropped: (packets) => (this.dropped += packets),
       flushIn: (ms) => {
@@ -2423,7 +2384,7 @@ class Sender {
     let taken = this.tell(key, { type: "begin", id: replay.id, from, to });
     for (let number = from; number <= to; number++) {
       if ((number - from) % REPLAY_WINDOW === 0 && !(await taken)) break;
-      if (peer.replay !== replay) return; // it has asked anew, or is gone
+      if (peer.replay !== replay) return; // it has asked anew, or has left
       const body = log.get(number);
       if (!body) break; // forgotten meanwhile: it asks again
       taken = publisher.sendNow(key, body, true);
@@ -2450,7 +2411,7 @@ class Sender {
     });
     await declare(channel, names);
     this.#looksKeysUp = Bun.semver.order(brokerVersion(model), "3.11.0") >= 0; // before, it scanned all bindings
-    this.#maxKeyBytes = frameMax(model) - HEADER_RESERVE;
+    this.#maxKeyBytes = frameMax(model) - 1_024; // for the message's other properties
     this.publisher.up(({ keys: [key = "", ...CC], body, direct, again }, confirmed) => {
       const options: Options.Publish = direct ? { mandatory: key !== ALL_SERVERS } : {};
       if (CC.length > 0) options.CC = CC;
@@ -2603,33 +2564,62 @@ class Receiver {
   }
 }
 
-/** What becomes of the frames that the queue delivers. */
+/** The frames of each peer: put in order, asked for where they are missing, and delivered. */
 class Inbox {
   readonly counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0, lost: 0 };
   readonly #context: Context;
   readonly #membership: Membership;
-  /** Whether what is published under a key, by its digest, should come to this server's queue. */
-  readonly #expects: (digest: number) => boolean;
+  readonly #sender: Sender;
+  readonly #receiver: Receiver;
+  /** When this server was last away from the broker (ms, monotonic). */
+  #awayAt = -Infinity;
 
-  constructor(context: Context, membership: Membership, expects: (digest: number) => boolean) {
+  constructor(context: Context, membership: Membership, sender: Sender, receiver: Receiver) {
     this.#context = context;
     this.#membership = membership;
-    this.#expects = expects;
+    this.#sender = sender;
+    this.#receiver = receiver;
   }
 
   onFrame(frame: Frame, again: boolean): void {
     const peer = this.#membership.hear(frame.sender, this.#newStream);
     if (!peer) return;
-    if (frame.kind === FrameKind.Control) return this.#membership.onControl(peer, readControl(frame));
-    if (this.#context.tenants.size === 0) return; // an emitter takes no packets
+    if (frame.kind === FrameKind.Control) this.#membership.onControl(peer, readControl(frame));
+    else if (this.#context.tenants.size > 0) this.#onPackets(peer, frame, again); // an emitter takes none
+    if (peer.stream.catchUp) this.#ask(peer);
+  }
+
+  /** This server has been away, and may have missed something: each peer is asked for it. An emitter misses nothing. */
+  startCatchUp(): void {
+    if (this.#context.tenants.size === 0) return;
+    this.#awayAt = performance.now();
+    for (const peer of this.#membership.peers.values()) {
+      peer.stream.startCatchUp();
+      peer.askAt = 0;
+    }
+  }
+
+  /** Asks the peers that may have sent what did not come, again and again: their queues may not be back yet. */
+  askAll(): void {
+    for (const peer of this.#membership.peers.values()) this.#ask(peer);
+  }
+
+  #onPackets(peer: Peer, frame: Frame, again: boolean): void {
     const { stream } = peer;
-    if (!again) stream.receive(frame, predecessorsOf(frame, this.#expects));
+    if (!again) stream.receive(frame, predecessorsOf(frame, this.#receiver.expects));
     else if (stream.receiveAgain(frame)) peer.askAt = performance.now() + ASK_AGAIN;
     else {
       stream.startCatchUp();
       peer.askAt = 0;
     }
-    if (stream.catchUp) this.#membership.ask(peer);
+  }
+
+  #ask(peer: Peer): void {
+    const { catchUp, cursor } = peer.stream;
+    const now = performance.now();
+    if (!catchUp || peer.askAt > now || this.#context.upSince === undefined) return;
+    peer.askAt = now + ASK_AGAIN;
+    void this.#sender.tell(serverKey(peer.uid), { type: "ask", id: catchUp.id, after: cursor });
   }
 
   readonly #newStream = (uid: string): PeerStream<Frame> => {
@@ -2643,7 +2633,10 @@ class Inbox {
         reports.report(new Error(`Lost ${frames} frames of peer ${uid}: its journal no longer held them`));
       },
     };
-    return new PeerStream<Frame>(events, settings.journal.bytes);
+    const stream = new PeerStream<Frame>(events, settings.journal.bytes);
+    // Whoever is heard for the first time may have begun to send during an outage.
+    if (performance.now() - this.#awayAt < settings.journal.ms) stream.startCatchUp();
+    return stream;
   };
 
   #deliver(frame: Frame): void {
@@ -2703,11 +2696,11 @@ class Node implements Context {
     });
     this.receiver = new Receiver(this, {
       frame: (frame, again) => this.#inbox.onFrame(frame, again),
-      isBack: () => this.membership.startCatchUp(),
+      isBack: () => this.#inbox.startCatchUp(),
     });
     this.requests = new Requests(this.uid, this.sender);
     this.membership = new Membership(this, this.sender, this.receiver, this.requests);
-    this.#inbox = new Inbox(this, this.membership, this.receiver.expects);
+    this.#inbox = new Inbox(this, this.membership, this.sender, this.receiver);
   }
 
   get stats(): Omit<AdapterStats, "rooms"> {
@@ -2749,7 +2742,7 @@ class Node implements Context {
       // Peers that owe an answer or what was missed are asked again, as often as each of them is due.
       setInterval(() => {
         this.requests.probe();
-        this.membership.askAll();
+        this.#inbox.askAll();
       }, 100),
     );
   }
@@ -2812,7 +2805,7 @@ class Node implements Context {
     if (this.upSince === undefined) return;
     this.reports.outageEnds();
     void this.#announce(true);
-    this.membership.askAll();
+    this.#inbox.askAll();
   }
 
   async #announce(greets = false): Promise<void> {
@@ -3032,8 +3025,6 @@ const FEW_SERVERS = 8;
 const MANY_KEYS = 8;
 /** How many routing keys a frame has at most. RabbitMQ looks each of them up: 16 cost 10,000 messages/s, 64 4,000/s. */
 const MAX_KEYS = 64;
-/** What an entry of the `CC` header costs beyond its text (bytes). */
-const KEY_OVERHEAD = 5;
 
 /** What decides how frames are routed. */
 interface RoutingFacts {
@@ -3133,7 +3124,7 @@ class Batcher {
     const everyone = [namespaceKey(nsp)];
     if (isMixed && keys.size >= Math.max(MANY_KEYS, this.#facts.servers(nsp))) return everyone;
     let bytes = 0;
-    for (const key of keys) bytes += KEY_OVERHEAD + key.length * 3;
+    for (const key of keys) bytes += 5 + key.length * 3; // an entry of the `CC` header, at most
     return this.#facts.severalKeys() && bytes <= this.#facts.maxKeyBytes() ? [...keys] : everyone;
   }
 
@@ -3161,9 +3152,6 @@ const mayShare = (a: Destination, b: Destination): boolean =>
   a.volatile === b.volatile &&
   a.kind !== SectionKind.Direct &&
   Math.max(a.kind, SectionKind.Options) === Math.max(b.kind, SectionKind.Options);
-
-/** The log's memory comes in blocks of this many bytes, or less where `journal.bytes` is small; a larger frame has its own. */
-const BLOCK = 512 * 1024;
 
 /** Consecutive frames, one behind the other. */
 interface Block {
@@ -3195,7 +3183,7 @@ class SentLog {
 
   constructor(maxBytes: number) {
     this.#maxBytes = maxBytes;
-    this.#blockSize = Math.min(BLOCK, Math.ceil(maxBytes / 16));
+    this.#blockSize = Math.min(512 * 1024, Math.ceil(maxBytes / 16)); // a larger frame has a block of its own
   }
 
   /** When the oldest frame was made (ms, monotonic); undefined if there is none. */
