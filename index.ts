@@ -215,18 +215,16 @@ export function createEmitter<Events extends EventMap<Events> = AnyEvents>(optio
   const settings = checked(options, EMITTER_OPTIONS);
   const node = new Node(settings, settings.onError);
   node.start();
-  const { closeTimeout = EMITTER_CLOSE_TIMEOUT, parser } = settings;
-  return new Emitter<Events>(node, { closeTimeout, encoder: parser && new parser.Encoder() });
+  return new Emitter<Events>(node, settings.parser && new settings.parser.Encoder());
 }
 
-type Settings = Required<Omit<AdapterOptions, "journal" | "roomExchanges">> & {
-  journal: Required<JournalOptions>;
-  roomExchanges?: boolean | undefined;
-};
+type Settings = Required<Omit<AdapterOptions, "roomExchanges">> &
+  Required<Pick<EmitterOptions, "closeTimeout">> &
+  Pick<AdapterOptions, "roomExchanges"> & { journal: Required<JournalOptions> };
 type Expectation = [expected: string, meets: (value: unknown) => boolean];
 
 const MiB = 1024 * 1024;
-const ADAPTER_DEFAULTS = {
+const DEFAULTS = {
   prefix: "socket.io",
   socketRooms: "shared" as const,
   requestsTimeout: 5_000,
@@ -237,6 +235,7 @@ const ADAPTER_DEFAULTS = {
   maxPayload: 16 * MiB,
   journal: { bytes: 64 * MiB, ms: 60_000 },
   maxQueued: 256 * MiB,
+  closeTimeout: 30_000,
 };
 
 const isRecord = (value: unknown): value is Record<string, unknown> =>
@@ -308,8 +307,8 @@ function checked<T extends NodeOptions>(options: T, expectations: Record<string,
     }
     if (!expectation[1](value)) throw refusal(name, expectation[0], value);
   }
-  const journal = { ...ADAPTER_DEFAULTS.journal, ...withoutUndefined(given.journal ?? {}) };
-  const settings = { ...ADAPTER_DEFAULTS, ...given, journal };
+  const journal = { ...DEFAULTS.journal, ...withoutUndefined(given.journal ?? {}) };
+  const settings = { ...DEFAULTS, ...given, journal };
   const { heartbeatInterval, heartbeatTimeout } = settings;
   if (heartbeatTimeout <= heartbeatInterval)
     throw refusal("heartbeatTimeout", `more than heartbeatInterval (${heartbeatInterval})`, heartbeatTimeout);
@@ -325,9 +324,9 @@ interface Namespace {
 }
 /** The same, with what Socket.IO's types hide or say in another way. */
 interface OpenNamespace extends Namespace {
-  readonly adapter?: unknown;
+  readonly adapter?: { readonly "socket.io-amqp0"?: true; close(): unknown };
   readonly server: {
-    readonly encoder: InstanceType<Parser["Encoder"]>;
+    readonly encoder: Encoder;
     readonly _parser: { Decoder: new (options?: object) => Decoder };
     readonly opts?: { readonly connectionStateRecovery?: { readonly maxDisconnectionDuration: number } };
   };
@@ -344,7 +343,10 @@ interface OpenNamespace extends Namespace {
 }
 /** What Socket.IO takes as its `parser` option, as far as it is used here. */
 export interface Parser {
-  Encoder: new () => { encode(packet: Packet): unknown[] };
+  Encoder: new () => Encoder;
+}
+interface Encoder {
+  encode(packet: Packet): unknown[];
 }
 interface Decoder {
   on(event: "decoded", listener: (packet: Packet) => void): unknown;
@@ -360,7 +362,7 @@ interface Connected {
 interface Socket {
   readonly id: SocketId;
   readonly rooms: Set<Room>;
-  readonly handshake: { readonly issued: number };
+  readonly handshake: { readonly sessionStore?: unknown };
   readonly data: unknown;
   readonly acks: Map<number, unknown>;
   readonly client: { writeToEngine(parts: unknown[], flags: object): void; readonly conn: Connected };
@@ -377,19 +379,9 @@ export interface Packet {
   id?: number;
 }
 
-/** Whether it is an adapter of any copy of this module: `bun --hot` evaluates it again, with a class of its own. */
-const isOurs = (adapter: unknown): adapter is { close(): unknown } =>
-  typeof adapter === "object" && adapter !== null && "socket.io-amqp0" in adapter;
-/** For how many ms a client's connection waits for its namespace to be bound. */
-const HOLD_CLIENTS = 1_000;
-
 /** The Socket.IO protocol's type of an event, https://socket.io/docs/v4/socket-io-protocol/#packet-types */
 const EVENT = 2;
 const ACK = 3;
-/** How many ms after an acknowledged broadcast has timed out an answer may still come. */
-const ACK_GRACE = 1_000;
-/** What stands for a client's answer that its server's parser cannot encode. */
-const UNSENDABLE = "The client's answer cannot be sent to this server; the other server has reported why";
 const EVERYONE: BroadcastOptions = { rooms: new Set() };
 /** Names that Socket.IO keeps for itself: a client's parser refuses the packet and closes its connection. */
 const RESERVED_EVENTS = new Set([
@@ -423,7 +415,7 @@ interface Delivery {
 /** Binds what the rooms of a namespace and its sessions want. */
 class BoundAdapter extends Adapter {
   declare readonly nsp: OpenNamespace;
-  /** @internal Marks an adapter of any copy of this module. */
+  /** @internal Marks an adapter of any copy of this module: `bun --hot` evaluates it again, with a class of its own. */
   readonly "socket.io-amqp0": true = true;
   /** @internal The routing key of what is for everyone in this namespace. */
   readonly key: string;
@@ -503,7 +495,7 @@ class BoundAdapter extends Adapter {
       const live = nsp.adapter === this ? this.node.receiver.follow(this.key) : undefined;
       if (!live) return run.call(nsp, socket, next);
       this.#keepOpen();
-      void within(HOLD_CLIENTS, live).then(() => run.call(nsp, socket, next));
+      void within(1_000, live).then(() => run.call(nsp, socket, next));
     };
   }
 
@@ -571,7 +563,9 @@ class LocalAdapter extends BoundAdapter {
             socket.notifyOutgoingListeners((packet ??= decode(this.nsp, parts)));
           } catch (error) {
             if (decoded) throw error; // into the emit() of the user who can mend it
-            this.reportError(new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }));
+            this.node.reports.report(
+              new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }),
+            );
           }
         }
         socket.client.writeToEngine(parts, options);
@@ -613,10 +607,10 @@ class LocalAdapter extends BoundAdapter {
         answer(encoded ? { type: "ack", id, packet: encoded } : { type: "ack", id });
       },
     );
-    // Socket.IO would wait for the answers of these clients until they disconnect.
+    // Socket.IO would wait for the answers of these clients until they disconnect. One may be a second late.
     setTimeout(() => {
       for (const { acks } of sockets) if (packet.id !== undefined) acks.delete(packet.id);
-    }, message.timeout + ACK_GRACE).unref();
+    }, message.timeout + 1_000).unref();
   }
 
   /** An event for the servers: their listeners may answer once. */
@@ -632,7 +626,7 @@ class LocalAdapter extends BoundAdapter {
 
   /** What a peer learns of the matching sockets. */
   protected answerFetch({ id, opts }: Message & { type: "fetch" }, answer: (value: Answer) => void): void {
-    const details = (socket: Socket) => detailsOf(socket, this.node.settings.maxPayload / 4, this.reportError);
+    const details = (socket: Socket) => detailsOf(socket, this.node.settings.maxPayload / 4, this.node.reports.report);
     this.answerList(id, this.localSockets(fromWire(opts)).map(details), answer);
   }
 
@@ -641,7 +635,7 @@ class LocalAdapter extends BoundAdapter {
     let items: unknown[] = [];
     let size = 0;
     for (const item of list) {
-      const itemSize = isDelivered(item) ? lengthOfParts(item.parts) : lengthOf(item);
+      const itemSize = lengthOf(item);
       if (items.length > 0 && size + itemSize > this.node.settings.maxPayload / 4) {
         answer({ type: "items", id, items, more: true });
         items = [];
@@ -658,7 +652,9 @@ class LocalAdapter extends BoundAdapter {
     try {
       return this.nsp.server.encoder.encode(packet).map(partOf);
     } catch (error) {
-      this.reportError(new TypeError(`A packet cannot be encoded for other servers: ${asError(error).message}`));
+      this.node.reports.report(
+        new TypeError(`A packet cannot be encoded for other servers: ${asError(error).message}`),
+      );
       return undefined;
     }
   }
@@ -669,7 +665,7 @@ class LocalAdapter extends BoundAdapter {
     try {
       parts = encodeValue(value);
     } catch (error) {
-      this.reportError(new TypeError(`An answer cannot be sent to another server: ${asError(error).message}`));
+      this.node.reports.report(new TypeError(`An answer cannot be sent to another server: ${asError(error).message}`));
       parts = encodeValue({ type: value.type, id: value.id, value: null });
     }
     this.node.sender.add(this.routes.direct(to), parts);
@@ -686,10 +682,6 @@ class LocalAdapter extends BoundAdapter {
     // A listener that throws breaks nothing that is being done; one that is there once may have gone meanwhile.
     queueMicrotask(() => this.listenerCount("error") > 0 && this.emit("error", error));
     return true;
-  }
-
-  protected get reportError(): (error: Error) => void {
-    return this.node.reports.report;
   }
 }
 
@@ -709,7 +701,7 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
   constructor(nsp: Namespace, node: Node) {
     super(nsp, node);
     this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
-    this.#replaced = isOurs(this.nsp.adapter) ? this.nsp.adapter : undefined;
+    if (this.nsp.adapter?.["socket.io-amqp0"]) this.#replaced = this.nsp.adapter;
   }
 
   /** Resolves once connected, bound and announced; rejects if the adapter is closed before. */
@@ -789,7 +781,8 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
           if (message.type === "clients") peer.count = message.count;
           if (message.type === "ack") {
             peer.acks++;
-            const values = message.packet ? decode(this.nsp, message.packet).data : [new Error(UNSENDABLE)];
+            const unsendable = "The client's answer cannot be sent to this server; the other server has reported why";
+            const values = message.packet ? decode(this.nsp, message.packet).data : [new Error(unsendable)];
             queueMicrotask(() => ack(...values)); // deferred as below
           }
           return peer.acks >= peer.count;
@@ -823,14 +816,8 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
     const peers = opts.flags?.local ? [] : this.#peers;
     const send = (id: string) => this.#send({ type: "fetch", id, opts: toWire(opts) });
     const timeout = opts.flags?.timeout ?? this.node.settings.requestsTimeout;
-    const unanswered = await this.node.requests.ask(
-      peers,
-      timeout,
-      send,
-      takingLists((list) => {
-        for (const socket of list) sockets.push(socket);
-      }),
-    );
+    const take = (list: unknown[]) => list.forEach((socket) => sockets.push(socket));
+    const unanswered = await this.node.requests.ask(peers, timeout, send, takingLists(take));
     if (unanswered > 0)
       throw new Error(`fetchSockets: ${unanswered} of ${peers.length} servers did not answer in time`);
     return sockets;
@@ -913,7 +900,7 @@ const takingLists = (take: ListTaker): Pick<Request, "take"> => ({
 
 /** What a peer learns of a socket, in at most `max` bytes of each part. What cannot be sent is left out, and reported by its key. */
 function detailsOf({ id, handshake, rooms, data }: Socket, max: number, report: (error: Error) => void): unknown {
-  const { sessionStore: _, ...rest } = handshake as { readonly sessionStore?: unknown }; // may hold circular references
+  const { sessionStore: _, ...rest } = handshake; // may hold circular references
   const details = { id, handshake: rest, rooms: [...rooms], data };
   if (lengthOf(details) <= max) return details;
   const left: string[] = [];
@@ -940,9 +927,6 @@ function lengthOf(value: unknown): number {
     return Infinity;
   }
 }
-
-/** An estimate for a packet that was delivered, for which nothing is encoded. */
-const lengthOfParts = (parts: readonly Part[]): number => parts.reduce((sum, { length }) => sum + length, 256);
 
 /** An event from elsewhere, or a FrameError where the clients' parsers would refuse it and drop their connections. */
 function eventOf(data: unknown[]): unknown[] {
@@ -1357,7 +1341,11 @@ function positionOf(offset: string, { owner, base, last, alias }: Trail & { owne
 }
 
 type RecoveryMessage = Extract<Message, { type: "find" | "claim" | "offer" }>;
-type Question = RecoveryMessage extends infer M ? (M extends RecoveryMessage ? Omit<M, "id"> : never) : never;
+/** Which client is lost, and what it presents where it comes back; nothing where all are meant. */
+interface LostClient {
+  readonly pid?: string;
+  readonly offset?: string;
+}
 /** A session that waits on the server that says so, or is on its way. */
 type Found = ComingSession | { readonly isMoving: true };
 /** The first entry of an answer to a claim: of each peer, the number of the last frame that is in it. Without it the server is not ready. */
@@ -1368,6 +1356,9 @@ interface Heard {
 /** How long until a server is asked again that is not ready to hand a session over, in ms. */
 const ASK_LATER = 20;
 
+/** Binds or unbinds rooms as they are wanted; resolves when all that are wanted are live. */
+type Follow = (rooms: Iterable<Room>) => Promise<void> | void;
+
 /** Hands sessions over to other servers, and takes them over. */
 class Handover {
   /** Whether this server closes. */
@@ -1375,12 +1366,11 @@ class Handover {
   readonly #node: Node;
   readonly #nsp: string;
   readonly #sessions: Sessions;
-  /** Binds or unbinds rooms as they are wanted; resolves when all that are wanted are live. */
-  readonly #follow: (rooms: Iterable<Room>) => Promise<void> | void;
+  readonly #follow: Follow;
   /** How many times sessions are just being taken over. */
   #takingOver = 0;
 
-  constructor(node: Node, nsp: string, sessions: Sessions, follow: (rooms: Iterable<Room>) => Promise<void> | void) {
+  constructor(node: Node, nsp: string, sessions: Sessions, follow: Follow) {
     this.#node = node;
     this.#nsp = nsp;
     this.#sessions = sessions;
@@ -1394,14 +1384,15 @@ class Handover {
     const peers = this.#peers();
     for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
       if (this.isClosing || this.#sessions.get(pid)) break;
-      if (await this.#takeOver(asked, { type: "find", pid, offset }, until)) return true;
+      if (await this.#takeOver(asked, { pid, offset }, until)) return true;
     }
     return this.#sessions.isComing(pid);
   }
 
-  /** A peer asks for sessions: which of them it may claim. */
-  onFind(pid: string | undefined, sessions: readonly Session[]): Found[] {
+  /** A peer asks for the session of a client that has come to it, or for all: gives those that it may claim together. */
+  onFind({ pid, offset = "" }: LostClient): Found[] {
     if (pid !== undefined && this.#sessions.isComing(pid)) return [{ isMoving: true }];
+    const sessions = pid === undefined ? this.#sessions.together : [this.#sessions.find(pid, offset) ?? []].flat();
     return sessions.flatMap(({ pid, sid, rooms, data }) => {
       if (lengthOf(data) < Infinity) return [{ pid, rooms }];
       const message = `The data of socket ${sid} cannot be sent to the server it came back to`;
@@ -1418,7 +1409,7 @@ class Handover {
 
   /** A peer closes: its sessions wait here from now on. */
   async onOffer(from: string): Promise<void> {
-    if (!this.isClosing) await this.#takeOver([from], { type: "find" }, this.#timeout());
+    if (!this.isClosing) await this.#takeOver([from], {}, this.#timeout());
   }
 
   /** Hands all sessions over to other servers, as far as that takes no longer than `requestsTimeout`. */
@@ -1430,7 +1421,12 @@ class Handover {
       const [session] = this.#sessions.together;
       const peer = this.#peers().find((uid) => !refusing.has(uid));
       if (session && peer) {
-        await this.#ask([peer], until, { type: "offer" }, () => {});
+        await this.#ask(
+          [peer],
+          until,
+          (id) => ({ type: "offer", id }),
+          () => {},
+        );
         if (this.#sessions.get(session.pid) === session) refusing.add(peer);
       } else if (session || this.#takingOver === 0)
         break; // there is no other server, or all close as well; or nothing is left
@@ -1444,11 +1440,16 @@ class Handover {
    * before the answer if it is in it, and what this server has emitted is in the answer if that was before the claim. Of all
    * others' frames the answer tells up to which number they are in it.
    */
-  async #takeOver(peers: string[], question: Question & { type: "find" }, until: number): Promise<boolean> {
+  async #takeOver(peers: string[], lost: LostClient, until: number): Promise<boolean> {
     const { log } = this.#sessions;
     const found: (Found & { from: string })[] = [];
-    await this.#ask(peers, until, question, (list, from) =>
-      found.push(...list.filter(isFound).map((item) => ({ ...item, from }))),
+    await this.#ask(
+      peers,
+      until,
+      (id) => ({ type: "find", id, ...lost }),
+      (list, from) => {
+        for (const item of list) if (isFound(item)) found.push({ ...item, from });
+      },
     );
     const sessions = found.filter((item) => "pid" in item);
     const [first] = sessions;
@@ -1463,8 +1464,7 @@ class Handover {
     for (let isTaken = false; !isTaken && performance.now() < until && this.#peers().includes(from);) {
       const items: unknown[] = [];
       const claimedAt = log.position;
-      const { offset } = question;
-      const claim = { type: "claim" as const, pids, ...(offset !== undefined && { offset }) };
+      const claim = (id: string): Message => ({ type: "claim", id, pids, offset: lost.offset });
       await this.#ask([from], until, claim, (list, _, isLast) => {
         items.push(...list);
         const { heard } = items.find(isHeard) ?? {};
@@ -1495,16 +1495,11 @@ class Handover {
   }
 
   /** Asks servers, each of which answers with a list, in parts. */
-  #ask(peers: string[], until: number, question: Question, take: ListTaker): Promise<unknown> {
-    const send = (id: string) => this.#node.sendTo(peers, this.#nsp, { ...question, id });
+  #ask(peers: string[], until: number, question: (id: string) => Message, take: ListTaker): Promise<unknown> {
+    const send = (id: string) => this.#node.sendTo(peers, this.#nsp, question(id));
     return this.#node.requests.ask(peers, Math.max(until - performance.now(), 0), send, takingLists(take));
   }
 }
-
-/** How long the client of a connection has to answer a ping, in ms. */
-const PONG = 300;
-/** How long before a client is known to be lost its connection may have been dead, in ms. */
-const NOTICE = 60_000;
 
 /** Finds the session of a client that comes back, gives it what it has missed, and says in each packet how far it has come. */
 class Recovery {
@@ -1520,13 +1515,7 @@ class Recovery {
   readonly #sockets = new Map<string, Socket>();
   readonly #sweep: Timeout;
 
-  constructor(
-    node: Node,
-    nsp: OpenNamespace,
-    maxMs: number,
-    rooms: ReadonlyMap<Room, unknown>,
-    follow: (rooms: Iterable<Room>) => Promise<void> | void,
-  ) {
+  constructor(node: Node, nsp: OpenNamespace, maxMs: number, rooms: ReadonlyMap<Room, unknown>, follow: Follow) {
     this.#node = node;
     this.#nsp = nsp;
     this.#routes = node.routes(nsp.name);
@@ -1534,7 +1523,8 @@ class Recovery {
     this.#pastes = nsp.server.encoder.encode({ type: EVENT, nsp: "/", data: ["name"] }).join() === '2["name"]';
     this.sessions = new Sessions(node.uid, node.settings.recoveryBytes, (rooms) => void follow(rooms));
     this.#handover = new Handover(node, nsp.name, this.sessions, follow);
-    this.#sweep = setInterval(() => this.sessions.expire(maxMs + NOTICE, (room) => rooms.has(room)), 1_000);
+    // A connection may have been dead for a minute before its client is known to be lost.
+    this.#sweep = setInterval(() => this.sessions.expire(maxMs + 60_000, (room) => rooms.has(room)), 1_000);
     this.#sweep.unref();
     nsp.prependListener("connect", this.#onConnect);
   }
@@ -1571,9 +1561,11 @@ class Recovery {
   async onMessage(message: RecoveryMessage, from: string, answer: (list: unknown[]) => void): Promise<void> {
     let list: unknown[] = [];
     try {
-      if (message.type === "find") list = await this.#onFind(message.pid, message.offset);
-      // Answered at once: what is emitted from here on is behind the answer.
-      else if (message.type === "claim") list = this.#handover.onClaim(message.pids, message.offset);
+      if (message.type === "find") {
+        await this.#closeOld(message.pid ?? "", message.offset ?? "");
+        list = this.#handover.onFind(message);
+        // Answered at once: what is emitted from here on is behind the answer.
+      } else if (message.type === "claim") list = this.#handover.onClaim(message.pids, message.offset);
       else await this.#handover.onOffer(from);
     } catch (error) {
       this.#node.reports.report(asError(error));
@@ -1621,14 +1613,6 @@ class Recovery {
     }
   };
 
-  /** A peer asks for the session of a client that has come to it, or for as many as can be handed over together. */
-  async #onFind(pid: string | undefined, offset = ""): Promise<Found[]> {
-    if (pid === undefined) return this.#handover.onFind(pid, this.sessions.together);
-    await this.#closeOld(pid, offset);
-    const session = this.sessions.find(pid, offset);
-    return this.#handover.onFind(pid, session ? [session] : []);
-  }
-
   /**
    * A client that comes back before its loss was noticed still has a connection here, which is closed. One that has presented
    * this offset before may as well be there, and somebody else presents it again: then it answers a ping.
@@ -1653,10 +1637,10 @@ class Recovery {
   }
 }
 
-/** Whether the other end of a connection answers. */
+/** Whether the client of a connection answers a ping within 300 ms. */
 function answersPing(conn: Connected): Promise<boolean> {
   const { promise, resolve } = Promise.withResolvers<boolean>();
-  const timer = setTimeout(() => resolve(false), PONG);
+  const timer = setTimeout(() => resolve(false), 300);
   conn.once("heartbeat", () => resolve(true));
   conn.once("close", () => resolve(false));
   conn.sendPacket("ping");
@@ -1677,28 +1661,24 @@ const isHeard = (item: unknown): item is Heard => isRecord(item) && isRecord(ite
 export type EventMap<T> = { [K in keyof T]: (...args: never[]) => void };
 type AnyEvents = Record<string, (...args: unknown[]) => void>;
 type Rooms = Room | Room[];
-type EmitterSettings = Required<Pick<EmitterOptions, "closeTimeout">> & {
-  /** Of the servers' parser, if it is not the default one. */
-  readonly encoder?: InstanceType<Parser["Encoder"]> | undefined;
-};
-const EMITTER_CLOSE_TIMEOUT = 30_000;
 
 /** Made by `createEmitter()`. `of()`, `to()`, `except()` and the flags return a new one; all share the connections. */
 export class Emitter<Events extends EventMap<Events> = AnyEvents> {
   readonly #node: Node;
-  readonly #settings: EmitterSettings;
+  /** Of the servers' parser, if it is not the default one. */
+  readonly #encoder: Encoder | undefined;
   readonly #routes: Routes;
   readonly #opts: Required<BroadcastOptions>;
 
   /** Made by `createEmitter()`. */
   constructor(
     node: Node,
-    settings: EmitterSettings,
+    encoder: Encoder | undefined,
     routes: Routes = node.routes("/"),
     opts: Required<BroadcastOptions> = { rooms: new Set(), except: new Set(), flags: {} },
   ) {
     this.#node = node;
-    this.#settings = settings;
+    this.#encoder = encoder;
     this.#routes = routes;
     this.#opts = opts;
   }
@@ -1711,7 +1691,7 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
   /** An emitter for another namespace. */
   of(nsp: string): Emitter<Events> {
     const name = nsp.startsWith("/") ? nsp : `/${nsp}`;
-    return new Emitter<Events>(this.#node, this.#settings, this.#node.routes(name));
+    return new Emitter<Events>(this.#node, this.#encoder, this.#node.routes(name));
   }
 
   /** Adds rooms; a client in several of them gets the packet once. */
@@ -1745,10 +1725,10 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
    */
   emit<Name extends keyof Events & string>(name: Name, ...args: Parameters<Events[Name]>): true {
     if (RESERVED_EVENTS.has(name)) throw new Error(`"${name}" is a reserved event name`);
-    const { encoder } = this.#settings;
     const data = [name, ...args];
-    if (!encoder) return this.#send({ type: "packet", opts: toWire(this.#opts), data });
-    return this.#add(this.#routes.packets(this.#opts), encoder.encode({ type: EVENT, nsp: this.#routes.nsp, data }));
+    const parts = this.#encoder?.encode({ type: EVENT, nsp: this.#routes.nsp, data });
+    if (parts) return this.#add(this.#routes.packets(this.#opts), parts);
+    return this.#send({ type: "packet", opts: toWire(this.#opts), data });
   }
 
   socketsJoin(rooms: Rooms): void {
@@ -1777,11 +1757,11 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
    * `closeTimeout`. Closes the connections, which all emitters derived from the same one share.
    */
   async close(): Promise<void> {
-    await this.#node.close(this.#settings.closeTimeout);
+    await this.#node.close(this.#node.settings.closeTimeout);
   }
 
   #with(opts: Partial<Required<BroadcastOptions>>): Emitter<Events> {
-    return new Emitter<Events>(this.#node, this.#settings, this.#routes, { ...this.#opts, ...opts });
+    return new Emitter<Events>(this.#node, this.#encoder, this.#routes, { ...this.#opts, ...opts });
   }
 
   #send(message: Message): true {
@@ -4332,8 +4312,8 @@ type Message =
   | { type: "emit"; id?: string | undefined; args: unknown[] }
   | { type: "fetch"; id: string; opts: WireOptions }
   /** Of sessions: asks for one, or for all; takes them over; offers its own. */
-  | { type: "find"; id: string; pid?: string; offset?: string }
-  | { type: "claim"; id: string; pids: string[]; offset?: string }
+  | ({ type: "find"; id: string } & LostClient)
+  | { type: "claim"; id: string; pids: string[]; offset?: string | undefined }
   | { type: "offer"; id: string }
   /** The event is encoded by the sender's parser. */
   | { type: "broadcast"; id: string; opts: WireOptions; timeout: number; packet: Part[] }
