@@ -434,9 +434,7 @@ class BoundAdapter extends Adapter {
     this.routes = node.routes(nsp.name);
     const { maxDisconnectionDuration } = this.nsp.server.opts?.connectionStateRecovery ?? {};
     if (maxDisconnectionDuration !== undefined)
-      this.recovery = new Recovery(node, this.nsp, maxDisconnectionDuration, this.rooms, (rooms) =>
-        this.#follow(rooms),
-      );
+      this.recovery = new Recovery(node, this.nsp, maxDisconnectionDuration, this.rooms, this.#follow);
   }
 
   /** @internal The routing keys of its rooms. */
@@ -475,7 +473,7 @@ class BoundAdapter extends Adapter {
   }
 
   override persistSession(session: SocketSession): void {
-    this.recovery?.persist(session);
+    this.recovery?.sessions.persist(session);
   }
 
   /** Rejects where there is no session, which Socket.IO takes for a new client. */
@@ -518,7 +516,7 @@ class BoundAdapter extends Adapter {
     return this.rooms.has(room) || this.recovery?.sessions.pinned.has(room) === true;
   }
 
-  #follow(rooms: Iterable<Room>): Promise<void> | void {
+  readonly #follow: Follow = (rooms) => {
     let pending: Promise<void>[] | undefined;
     for (const room of rooms) {
       if (!this.routes.hasKey(room)) continue;
@@ -528,17 +526,17 @@ class BoundAdapter extends Adapter {
       const done = this.node.receiver.follow(key);
       if (done) (pending ??= []).push(done);
     }
-    if (pending) return Promise.all(pending).then(() => {});
-  }
+    return pending && Promise.all(pending).then(() => {});
+  };
 }
 
 /** The local side of a namespace: its sockets, what is written to them, and what peers ask of them. */
 class LocalAdapter extends BoundAdapter {
   /** @internal Packets of a peer, handed to the local sockets as they are. */
-  onPackets({ kind, head, first }: Section, packets: () => Part[][], origin: Frame): void {
-    const target = kind === SectionKind.Room ? head : kind === SectionKind.Options ? packetsHead(head) : EVERYONE;
+  onPackets(section: Section, packets: () => Part[][], origin: Frame): void {
+    const target = targetOf(section);
     const sockets = typeof target === "string" ? this.#inRoom(target) : this.localSockets(target);
-    this.#write({ sockets, target, origin, first, packets });
+    this.#write({ sockets, target, origin, first: section.first, packets });
   }
 
   /** Delivers a packet to the local sockets; returns it encoded. */
@@ -613,15 +611,10 @@ class LocalAdapter extends BoundAdapter {
     }, message.timeout + 1_000).unref();
   }
 
-  /** An event for the servers: their listeners may answer once. */
+  /** An event for the servers: of what their listeners answer, the peer takes the first. */
   protected answerEmit({ id, args }: Message & { type: "emit" }, answer: (value: Answer) => void): void {
     if (id === undefined) return this.nsp._onServerSideEmit(args);
-    let answered = false;
-    const callback = (value: unknown) => {
-      if (!answered) answer({ type: "answer", id, value });
-      answered = true;
-    };
-    this.nsp._onServerSideEmit([...args, callback]);
+    this.nsp._onServerSideEmit([...args, (value: unknown) => answer({ type: "answer", id, value })]);
   }
 
   /** What a peer learns of the matching sockets. */
@@ -632,43 +625,40 @@ class LocalAdapter extends BoundAdapter {
 
   /** Answers with a list, in parts of a bounded size. */
   protected answerList(id: string, list: readonly unknown[], answer: (value: Answer) => void): void {
-    let items: unknown[] = [];
+    const parts: unknown[][] = [[]];
     let size = 0;
     for (const item of list) {
       const itemSize = lengthOf(item);
-      if (items.length > 0 && size + itemSize > this.node.settings.maxPayload / 4) {
-        answer({ type: "items", id, items, more: true });
-        items = [];
+      if (size > 0 && size + itemSize > this.node.settings.maxPayload / 4) {
+        parts.push([]);
         size = 0;
       }
-      items.push(item);
+      parts.at(-1)?.push(item);
       size += itemSize;
     }
-    answer({ type: "items", id, items, more: false });
+    for (const [i, items] of parts.entries()) answer({ type: "items", id, items, more: i < parts.length - 1 });
   }
 
-  /** Undefined where the parser does not take it, which is reported. */
+  /** Undefined where the parser does not take it. */
   protected tryEncode(packet: Packet): Part[] | undefined {
+    const encode = () => this.nsp.server.encoder.encode(packet).map(partOf);
+    return this.#reportThrown("A packet cannot be encoded for other servers", encode);
+  }
+
+  /** What cannot be encoded is left out. */
+  protected answer(to: string, value: Answer): void {
+    const parts = this.#reportThrown("An answer cannot be sent to another server", () => encodeValue(value));
+    const { type, id } = value;
+    this.node.sender.add(this.routes.direct(to), parts ?? encodeValue({ type, id, value: null }));
+  }
+
+  #reportThrown<T>(what: string, encode: () => T): T | undefined {
     try {
-      return this.nsp.server.encoder.encode(packet).map(partOf);
+      return encode();
     } catch (error) {
-      this.node.reports.report(
-        new TypeError(`A packet cannot be encoded for other servers: ${asError(error).message}`),
-      );
+      this.node.reports.report(new TypeError(`${what}: ${asError(error).message}`));
       return undefined;
     }
-  }
-
-  /** What cannot be encoded is reported, and left out. */
-  protected answer(to: string, value: Answer): void {
-    let parts: Part[];
-    try {
-      parts = encodeValue(value);
-    } catch (error) {
-      this.node.reports.report(new TypeError(`An answer cannot be sent to another server: ${asError(error).message}`));
-      parts = encodeValue({ type: value.type, id: value.id, value: null });
-    }
-    this.node.sender.add(this.routes.direct(to), parts);
   }
 
   /** @internal */
@@ -878,6 +868,9 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
   }
 }
 
+const targetOf = ({ kind, head }: Section): Target =>
+  kind === SectionKind.Room ? head : kind === SectionKind.Options ? packetsHead(head) : EVERYONE;
+
 function decode({ server }: OpenNamespace, parts: readonly unknown[]): Packet {
   const decoder = new server._parser.Decoder({ maxAttachments: Infinity });
   let packet: Packet | undefined;
@@ -1064,7 +1057,7 @@ class DeliveryLog {
     while (number >= frames.first && this.#baseOf(number) > position) number--;
     const found: Delivered[] = [];
     for (number = Math.max(number, frames.first); number < frames.next; number++) {
-      const frame = readFrame(frames.get(number) ?? Buffer.alloc(0));
+      const frame = readFrame(frames.get(number)!);
       const reader = new FrameReader(frame);
       for (const section of reader.sections) {
         const to = roomsOf(section);
@@ -1101,7 +1094,7 @@ class DeliveryLog {
   }
 
   #forget(): void {
-    const frame = readFrame(this.#frames.get(this.#frames.first) ?? Buffer.alloc(0));
+    const frame = readFrame(this.#frames.get(this.#frames.first)!);
     const { sections } = new FrameReader(frame);
     for (const [i, section] of sections.entries()) {
       const position = frame.floor + (sections[i + 1]?.first ?? frame.packets);
@@ -1118,13 +1111,12 @@ class DeliveryLog {
 }
 
 /** Who the packets of a section are for; undefined for messages between servers, and where that cannot be read. */
-function roomsOf({ kind, head }: Section): Pick<Delivered, "rooms" | "except"> | undefined {
-  if (kind === SectionKind.Everyone) return { rooms: [], except: [] };
-  if (kind === SectionKind.Room) return { rooms: [head], except: [] };
-  if (kind !== SectionKind.Options) return undefined;
+function roomsOf(section: Section): Pick<Delivered, "rooms" | "except"> | undefined {
+  if (section.kind >= SectionKind.Messages) return undefined;
   try {
-    const { rooms, except } = packetsHead(head);
-    return { rooms: [...rooms], except: [...except] };
+    const target = targetOf(section);
+    if (typeof target === "string") return { rooms: [target], except: [] };
+    return { rooms: [...target.rooms], except: [...(target.except ?? [])] };
   } catch (error) {
     debug("log: %s", asError(error).message); // reported when it was delivered
     return undefined;
@@ -1142,16 +1134,18 @@ class Sessions {
   /** Rooms that stay bound though nobody may be in them, and for how many sessions. */
   readonly pinned: Map<Room, number> = new Map();
   readonly #uid: string;
+  readonly #maxMs: number;
   readonly #unpinned: (rooms: Room[]) => void;
   readonly #kept = new Map<string, Session | ComingSession>();
   /** Sessions whose clients are about to be connected, and what these have presented. */
-  readonly #arriving = new Map<SocketId, { readonly session: Session; readonly offset: string }>();
+  readonly #arriving = new Map<SocketId, ComingSession & { readonly session: Session; readonly offset: string }>();
   /** Of each socket. */
   readonly #trails = new Map<SocketId, Trail>();
 
   /** `unpinned`: rooms need not stay bound for sessions any more. */
-  constructor(uid: string, maxBytes: number, unpinned: (rooms: Room[]) => void) {
+  constructor(uid: string, maxBytes: number, maxMs: number, unpinned: (rooms: Room[]) => void) {
     this.#uid = uid;
+    this.#maxMs = maxMs;
     this.#unpinned = unpinned;
     this.log = new DeliveryLog(maxBytes);
   }
@@ -1211,21 +1205,23 @@ class Sessions {
 
   /** The client of a session that was found is about to be connected. */
   arrive(session: Session, offset: string): void {
-    this.#arriving.set(session.sid, { session, offset });
-    this.keep({ pid: session.pid, rooms: session.rooms });
+    const { sid, pid, rooms } = session;
+    const arrival = { pid, rooms, session, offset };
+    this.#arriving.set(sid, arrival);
+    this.keep(arrival);
   }
 
   /** A socket is connected: gives what its client has missed, or undefined where that is not known any more. */
   connected(sid: SocketId, routeTo: (room: Room) => Destination): Pick<Delivered, "parts" | "position">[] | undefined {
-    const { session, offset } = this.#arriving.get(sid) ?? {};
     const { position } = this.log;
-    if (!session || offset === undefined) {
+    const arrival = this.#arriving.get(sid);
+    if (!arrival) {
       this.#trails.set(sid, { base: position, last: position });
       return [];
     }
+    const { session, offset } = arrival;
     this.#arriving.delete(sid);
-    const coming = this.#kept.get(session.pid);
-    if (coming) this.drop(coming);
+    this.drop(arrival);
     const since = this.#since(session, offset);
     if (since === undefined) return undefined;
     const missed = this.#delivered([session], since).filter((packet) => isFor(session.rooms, packet));
@@ -1252,9 +1248,9 @@ class Sessions {
   }
 
   /** A client is lost. */
-  persist(session: SocketSession, ms: number): void {
+  persist(session: SocketSession): void {
     const trail = this.#trails.get(session.sid);
-    const own = { owner: this.#uid, lostAt: this.log.position, gone: 0, until: performance.now() + ms };
+    const own = { owner: this.#uid, lostAt: this.log.position, gone: 0, until: performance.now() + this.#maxMs };
     if (trail) this.keep({ ...session, ...trail, ...own });
   }
 
@@ -1283,10 +1279,11 @@ class Sessions {
     for (const { ms, ...session } of sessions) this.keep({ ...session, until: performance.now() + ms, legacy });
   }
 
-  /** Forgets sessions whose time is over, and what was delivered longer than `ms` ago. */
-  expire(ms: number, isUsed: (room: Room) => boolean): void {
+  /** Forgets sessions whose time is over, and what nobody can have missed any more. */
+  expire(isUsed: (room: Room) => boolean): void {
     const now = performance.now();
-    this.log.expire(now - ms, (room) => isUsed(room) || this.pinned.has(room));
+    // A connection may have been dead for a minute before its client is known to be lost.
+    this.log.expire(now - this.#maxMs - 60_000, (room) => isUsed(room) || this.pinned.has(room));
     for (const session of this.#kept.values()) if (isWaiting(session) && session.until < now) this.drop(session);
   }
 
@@ -1349,9 +1346,7 @@ interface LostClient {
 /** A session that waits on the server that says so, or is on its way. */
 type Found = ComingSession | { readonly isMoving: true };
 /** The first entry of an answer to a claim: of each peer, the number of the last frame that is in it. Without it the server is not ready. */
-interface Heard {
-  readonly heard: Record<string, number>;
-}
+type Heard = { readonly heard: Record<string, number> };
 
 /** How long until a server is asked again that is not ready to hand a session over, in ms. */
 const ASK_LATER = 20;
@@ -1508,7 +1503,6 @@ class Recovery {
   readonly #node: Node;
   readonly #nsp: OpenNamespace;
   readonly #routes: Routes;
-  readonly #maxMs: number;
   /** Whether an offset can be pasted into the text of an encoded packet: not with another parser than the default one. */
   readonly #pastes: boolean;
   /** The sockets that are connected, by their private id. */
@@ -1519,18 +1513,12 @@ class Recovery {
     this.#node = node;
     this.#nsp = nsp;
     this.#routes = node.routes(nsp.name);
-    this.#maxMs = maxMs;
     this.#pastes = nsp.server.encoder.encode({ type: EVENT, nsp: "/", data: ["name"] }).join() === '2["name"]';
-    this.sessions = new Sessions(node.uid, node.settings.recoveryBytes, (rooms) => void follow(rooms));
+    this.sessions = new Sessions(node.uid, node.settings.recoveryBytes, maxMs, (rooms) => void follow(rooms));
     this.#handover = new Handover(node, nsp.name, this.sessions, follow);
-    // A connection may have been dead for a minute before its client is known to be lost.
-    this.#sweep = setInterval(() => this.sessions.expire(maxMs + 60_000, (room) => rooms.has(room)), 1_000);
+    this.#sweep = setInterval(() => this.sessions.expire((room) => rooms.has(room)), 1_000);
     this.#sweep.unref();
     nsp.prependListener("connect", this.#onConnect);
-  }
-
-  persist(session: SocketSession): void {
-    this.sessions.persist(session, this.#maxMs);
   }
 
   /** The session of a client that comes back. Rejects where none waits, or what was missed is not known any more. */
