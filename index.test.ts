@@ -2362,7 +2362,8 @@ describe("a simulation of senders and receivers", () => {
 
     wants = (rooms: number[]): boolean => rooms.length === 0 || rooms.some((room) => this.#rooms.has(room));
     isBound = ({ keys }: Message): boolean => keys.some((key) => this.#keys.has(key));
-    predecessors = (frame: Frame): readonly number[] => predecessorsOf(frame, (digest) => this.#digests.has(digest));
+    predecessors = (frame: Frame, hasNot?: (number: number) => boolean): readonly number[] =>
+      predecessorsOf(frame, (digest) => this.#digests.has(digest), hasNot);
 
     heal(): void {
       if (this.queue) return;
@@ -2402,7 +2403,7 @@ describe("a simulation of senders and receivers", () => {
       const inbound = this.#hear(sender);
       const { stream } = inbound;
       if (isFrame(content)) {
-        if (!again) return stream.receive(content, this.predecessors(content));
+        if (!again) return stream.receive(content, this.predecessors(content, stream.hasNot));
         const isNext = stream.receiveAgain(content);
         if (!isNext) stream.startCatchUp();
         inbound.askAt = isNext ? this.#world.now + ASK_AGAIN : 0;

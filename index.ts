@@ -2486,7 +2486,7 @@ class Inbox {
 
   #onPackets(peer: Peer, frame: Frame, again: boolean): void {
     const { stream } = peer;
-    if (!again) stream.receive(frame, predecessorsOf(frame, this.#receiver.expects));
+    if (!again) stream.receive(frame, predecessorsOf(frame, this.#receiver.expects, stream.hasNot));
     else if (stream.receiveAgain(frame)) peer.askAt = performance.now() + ASK_AGAIN;
     else {
       stream.startCatchUp();
@@ -2758,6 +2758,9 @@ class PeerStream<F extends Frame> {
     return this.#window.highest;
   }
 
+  /** Whether a frame that was published has not come, as far as is known. */
+  readonly hasNot = (number: number): boolean => number > (this.cursor ?? 0) && !this.#window.has(number);
+
   /** A frame as it was published; `predecessors` are unconfirmed numbers before it that should have come to this queue. */
   receive(frame: F, predecessors: readonly number[] = []): void {
     const { number, floor } = frame;
@@ -2765,8 +2768,9 @@ class PeerStream<F extends Frame> {
       if (!this.catchUp) this.#events.deliver(frame);
       return;
     }
-    if (number <= (this.cursor ?? 0) || this.#window.has(number)) return this.#events.duplicate();
-    const catchUp = this.catchUp ?? (this.#isMissing(predecessors) ? this.startCatchUp() : undefined);
+    if (!this.hasNot(number)) return this.#events.duplicate();
+    const isMissing = this.cursor !== undefined && predecessors.some(this.hasNot);
+    const catchUp = this.catchUp ?? (isMissing ? this.startCatchUp() : undefined);
     if (catchUp) return this.#hold(catchUp, frame, predecessors);
     this.#deliver(frame);
     const cursor = this.cursor ?? number - 1;
@@ -2853,11 +2857,6 @@ class PeerStream<F extends Frame> {
   #deliver(frame: F): void {
     this.#window.add(frame.number);
     this.#events.deliver(frame);
-  }
-
-  #isMissing(predecessors: readonly number[]): boolean {
-    const { cursor = Infinity } = this;
-    return predecessors.some((number) => number > cursor && !this.#window.has(number));
   }
 
   /** How many frames above the cursor, up to a number, have not come and are not `held`. */
@@ -4197,14 +4196,21 @@ function readFrame(body: Buffer): Frame {
 
 const wordAt = (body: Buffer, index: number): number => body.readUInt32LE(HEADER + 4 * index);
 
-/** The numbers of a frame's predecessors whose routing key passes a test. */
-function predecessorsOf({ number, body }: Frame, isBound: (digest: number) => boolean): readonly number[] {
+/** The numbers of a frame's predecessors that have not come, and whose routing key passes a test. */
+function predecessorsOf(
+  { number, body }: Frame,
+  isExpected: (digest: number) => boolean,
+  hasNot: (number: number) => boolean = () => true,
+): readonly number[] {
   const numbers: number[] = [];
   if (body.length < EMPTY_FRAME) return numbers;
   const start = 3 + 2 * wordAt(body, 1);
   const end = start + 2 * wordAt(body, 2);
   if (HEADER + 4 * end > body.length) return numbers; // it is reported when it is taken apart
-  for (let i = start; i < end; i += 2) if (isBound(wordAt(body, i + 1))) numbers.push(number - wordAt(body, i));
+  for (let i = start; i < end; i += 2) {
+    const before = number - wordAt(body, i);
+    if (hasNot(before) && isExpected(wordAt(body, i + 1))) numbers.push(before);
+  }
   return numbers;
 }
 
