@@ -550,7 +550,7 @@ class LocalAdapter extends BoundAdapter {
 
   #write(delivery: Delivery): void {
     const { sockets, target, packets, decoded } = delivery;
-    if (sockets.length === 0 && !this.recovery) return;
+    if (sockets.length === 0 && !this.recovery?.sessions.awaits(target)) return;
     const { volatile, compress } = (typeof target === "string" ? undefined : target.flags) ?? {};
     const options = { preEncoded: true, volatile, compress };
     for (const parts of this.recovery ? this.recovery.written(delivery) : packets()) {
@@ -1555,7 +1555,6 @@ class Recovery {
 
   /** The packets of a delivery, each with an offset, by which the client says how far it has come. */
   written({ sockets, target, origin, first = 0, packets, decoded }: Delivery): unknown[][] {
-    if (sockets.length === 0 && !this.sessions.awaits(target)) return [];
     if (decoded?.id !== undefined) return packets();
     const { log } = this.sessions;
     const frame = "body" in origin ? origin : undefined;
