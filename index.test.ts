@@ -515,6 +515,37 @@ describe("a join", () => {
     );
   });
 
+  test("hears nothing of what a busy server has emitted before it, though that is far from the broker", async () => {
+    const link = await Proxy.open(broker.port);
+    const far = () => connect(`amqp://guest:guest@127.0.0.1:${link.port}`);
+    const [a, b, c] = await Promise.all([start({ amqpConnection: far }), start(), start()]);
+    let n = 0;
+    let isOver = false;
+    closers.push(async () => {
+      isOver = true;
+      link.latency = 0;
+      await a.adapter.close();
+      link.close();
+    });
+    await acquainted([a, b, c]);
+    const cat = await join(c, ["red"]);
+    link.latency = 20; // so that some frames are unconfirmed all the time
+    void (async () => {
+      for (; !isOver; await Bun.sleep(1)) a.io.to("red").emit("n", ++n);
+    })();
+    await eventually(() => expect(cat.heard.length).toBeGreaterThan(500));
+    for (let i = 0; i < 3; i++) {
+      const bob = await join(b);
+      const before = n;
+      await bob.socket.join("red");
+      await received(bob.client, "n");
+      expect(bob.heard[0]?.[1]).toBeGreaterThan(before - 200);
+      bob.client.disconnect();
+      await eventually(() => expect(b.adapter.stats.rooms).toBe(0));
+    }
+    expect(b.adapter.stats.replayed).toBe(0);
+  });
+
   test("is live while other servers leave the room", async () => {
     const { nodes, a, people } = await crew();
     const members = Object.values(people);
@@ -1667,6 +1698,8 @@ describe("an outage", () => {
     /** Whether it is a frame that its receiver has asked for again. */
     again: boolean;
     send: () => void;
+    /** The broker gets it, and its confirm gets lost. */
+    sendUnconfirmed: () => void;
     /** As the broker would. */
     confirm: () => void;
   }
@@ -1684,8 +1717,14 @@ describe("an outage", () => {
         const channel = await createConfirmChannel.call(connection, options);
         const publish = channel.publish.bind(channel);
         channel.publish = (exchange, key, content, options, confirmed) => {
-          const send = () => void publish(exchange, key, content, options, confirmed);
-          pass({ key, content, again: options?.type === "again", send, confirm: () => confirmed?.(null, {}) });
+          pass({
+            key,
+            content,
+            again: options?.type === "again",
+            send: () => void publish(exchange, key, content, options, confirmed),
+            sendUnconfirmed: () => void publish(exchange, key, content, options, () => {}),
+            confirm: () => confirmed?.(null, {}),
+          });
           return true;
         };
         return channel;
@@ -1850,6 +1889,22 @@ describe("an outage", () => {
     nodes.forEach(errorsOf);
   });
 
+  test("longer than the journal gives nothing again that had come, though its confirm was lost", async () => {
+    const pass: Pass = ({ content, send, sendUnconfirmed }) =>
+      content.includes("unconfirmed") ? sendUnconfirmed() : send();
+    const times = { journal: { ms: 300 }, heartbeatInterval: 100, heartbeatTimeout: 200 };
+    const { linkA, a, emit, until, back } = await pair({ a: pass }, times);
+    a.io.to("red").emit("number", "a", 1, "unconfirmed");
+    await until(1);
+    linkA.cut();
+    await Bun.sleep(1_000); // b forgets a
+    linkA.heal();
+    await back(a);
+    await emit(2, 2);
+    expect(await until(2)).toEqual([0, 1, 2]);
+    expect(a.adapter.stats.dropped).toBe(1);
+  });
+
   // What RabbitMQ does where nodes of a cluster lose touch, done to the first message to the room on its way to the broker.
   const disorders: Record<string, (publish: () => unknown, confirm: () => void) => (() => unknown) | void> = {
     "that delivers a message behind the next one": (publish) => publish,
@@ -1873,6 +1928,7 @@ describe("an outage", () => {
     const bob = await join(b, ["red", "blue"]);
     a.io.to("blue").emit("number", 0);
     await received(bob.client, "number");
+    await Bun.sleep(2_100); // what is unconfirmed right after a join may have been published before it
     a.io.to([...upTo(10).map((n) => `other${n}`), "red"]).emit("number", 1);
     await Bun.sleep(0); // each in a frame of its own
     a.io.to("blue").emit("number", 2);
@@ -2089,8 +2145,9 @@ describe("a simulation of senders and receivers", () => {
     readonly frames = new Map<number, readonly number[]>();
     emitted = 0;
     dropped = 0;
-    /** Packets of frames that were given up as too large. */
+    /** Packets of frames that were given up: too large, or too old to be published once more, which are dropped as well. */
     readonly refused = new Set<number>();
+    tooOld = 0;
     #volatiles = 0;
     /** Large packets, now and then: a short log forgets them, and only so many bytes are under way at once. */
     readonly #maxLength: number;
@@ -2204,7 +2261,11 @@ describe("a simulation of senders and receivers", () => {
 
     #publish({ number, contents }: Frame, again: boolean): void {
       if (number > 0) {
-        if (!this.frames.has(number)) this.frames.set(number, contents);
+        const before = this.frames.get(number) ?? [];
+        if (before.length === 0) this.frames.set(number, contents);
+        if (contents.length > 0) return;
+        this.tooOld += before.filter((n) => !this.refused.has(n)).length;
+        for (const n of before) this.refused.add(n);
         return;
       }
       const isFresh = contents.every((n) => this.#emittedIn.get(n) === this.#connection);
@@ -2470,10 +2531,10 @@ describe("a simulation of senders and receivers", () => {
       const inOrder = (numbers: number[]) =>
         numbers.every((n, i) => i === 0 || Math.abs(n) > Math.abs(numbers[i - 1] ?? 0));
       for (const sender of this.senders) {
-        const { publisher, frames, emitted, dropped, closed } = sender;
+        const { publisher, frames, emitted, dropped, tooOld, closed } = sender;
         const published = [...frames.values()].flat();
         this.check("packets are published in order, once", inOrder(published));
-        this.check("packets are published, or reported as dropped", published.length + dropped === emitted);
+        this.check("packets are published, or reported as dropped", published.length + dropped - tooOld === emitted);
         this.check("nothing is left in the batcher", publisher.batcher.bytes === 0 && publisher.batcher.size === 0);
         this.check("all is confirmed", closed || publisher.floor === publisher.number);
         for (const receiver of this.receivers) {

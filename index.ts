@@ -738,7 +738,7 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
 
   /** The other servers that have this namespace open. */
   get #peers(): string[] {
-    return this.node.membership.serversOf(this.nsp.name);
+    return this.#closing ? [] : this.node.membership.serversOf(this.nsp.name);
   }
 
   override broadcast(packet: Packet, opts: BroadcastOptions): void {
@@ -1800,7 +1800,7 @@ class Reports {
   last: Error | undefined;
   readonly #listeners: () => Iterable<Pick<Tenant, "report">>;
   readonly #warned = new Set<string>();
-  /** What `once()` has reported. */
+  /** What `once()` has reported, within bounds. */
   readonly #said = new Set<string>();
 
   constructor(listeners: () => Iterable<Pick<Tenant, "report">>) {
@@ -1822,7 +1822,7 @@ class Reports {
 
   /** What stays as it is, so that once is enough: `subject` says what of which peer. */
   once(subject: string, error: Error): void {
-    if (this.#said.has(subject) || this.#said.size >= MAX_SAID) return;
+    if (this.#said.has(subject) || this.#said.size >= 1_000) return;
     this.#said.add(subject);
     this.report(error);
   }
@@ -1840,9 +1840,6 @@ class Reports {
     this.#warned.clear();
   }
 }
-
-/** So many things that were reported once are remembered. */
-const MAX_SAID = 1_000;
 
 /** Another server or emitter that has been heard of. Times are in ms, monotonic. */
 interface Peer {
@@ -1874,9 +1871,9 @@ const GRACE = 2_000;
 /** For how many ms a peer without a queue may come back: one that the broker refuses tries again after 10 s. */
 const RETURN = 20_000;
 
-/** Who else is there, with which namespaces; what each peer has sent. */
+/** Who else is there, and with which namespaces. */
 class Membership {
-  readonly #peers = new Map<string, Peer>();
+  readonly peers: Map<string, Peer> = new Map();
   readonly #context: Context;
   readonly #sender: Sender;
   readonly #receiver: Receiver;
@@ -1888,8 +1885,6 @@ class Membership {
   #announcedAt = -Infinity;
   /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
   #heardAt = 0;
-  /** When this server was last away from the broker (ms, monotonic). */
-  #awayAt = -Infinity;
 
   constructor(context: Context, sender: Sender, receiver: Receiver, requests: Requests) {
     this.#context = context;
@@ -1901,13 +1896,13 @@ class Membership {
   /** The servers that have a namespace open, this one not counted. */
   serversOf(nsp: string): string[] {
     const uids: string[] = [];
-    for (const peer of this.#peers.values()) if (peer.namespaces?.has(nsp)) uids.push(peer.uid);
+    for (const peer of this.peers.values()) if (peer.namespaces?.has(nsp)) uids.push(peer.uid);
     return uids;
   }
 
   /** The number of the last frame that came of each peer; undefined while some may be missing. */
   heard(): Record<string, number> | undefined {
-    const peers = [...this.#peers.values()];
+    const peers = [...this.peers.values()];
     // Nobody waits for one whose queue is gone.
     if (peers.some(({ stream, queueGoneAt }) => stream.catchUp && queueGoneAt === undefined)) return undefined;
     return Object.fromEntries(peers.map(({ uid, stream }) => [uid, stream.highest]));
@@ -1915,20 +1910,15 @@ class Membership {
 
   /** How many rooms are bound, on all servers. */
   get rooms(): number {
-    return this.#peers.values().reduce((sum, { rooms }) => sum + rooms, this.#receiver.countBound());
+    return this.peers.values().reduce((sum, { rooms }) => sum + rooms, this.#receiver.countBound());
   }
 
   /** Whoever sent what the queue has just delivered; undefined for this server itself. */
   hear(uid: string, newStream: (uid: string) => PeerStream<Frame>): Peer | undefined {
     this.#heardAt = performance.now();
     if (uid === this.#context.uid) return undefined;
-    let peer = this.#peers.get(uid);
-    if (!peer) {
-      peer = { uid, stream: newStream(uid), heardAt: 0, rooms: 0, askAt: 0 };
-      this.#peers.set(uid, peer);
-      // It may have begun to send during an outage.
-      if (this.#heardAt - this.#awayAt < this.#context.settings.journal.ms) peer.stream.startCatchUp();
-    }
+    let peer = this.peers.get(uid);
+    if (!peer) this.peers.set(uid, (peer = { uid, stream: newStream(uid), heardAt: 0, rooms: 0, askAt: 0 }));
     peer.heardAt = this.#heardAt;
     return peer;
   }
@@ -1946,10 +1936,10 @@ class Membership {
       case "bye":
         this.#leaves(peer);
         this.#giveUp(peer, "has closed", control.number);
-        this.#peers.delete(uid);
+        this.peers.delete(uid);
         return;
       case "missing":
-        if (this.#peers.get(control.uid)?.namespaces) this.#tell(control.uid, { type: "ping" });
+        if (this.peers.get(control.uid)?.namespaces) this.#tell(control.uid, { type: "ping" });
         return;
       case "ask":
         return this.#sender.replay(peer, control);
@@ -1962,7 +1952,7 @@ class Membership {
 
   /** A message to its queue came back. */
   onUnreachable(uid: string): void {
-    const peer = this.#peers.get(uid);
+    const peer = this.peers.get(uid);
     if (!peer) return;
     const now = performance.now();
     const { upSince = now } = this.#context;
@@ -1988,40 +1978,17 @@ class Membership {
   beat(): void {
     const { settings, upSince = performance.now() } = this.#context;
     const { heartbeatTimeout, journal } = settings;
-    for (const peer of this.#peers.values()) {
+    for (const peer of this.peers.values()) {
       // Measured by what the queue delivers: after an outage nobody has been silent.
       const silence = this.#heardAt - Math.max(peer.heardAt, upSince);
       if (silence > heartbeatTimeout && peer.namespaces) this.#leaves(peer);
       if (silence <= heartbeatTimeout + journal.ms) continue; // it may come back, and publish again what has been seen
       this.#giveUp(peer, "is silent");
-      this.#peers.delete(peer.uid);
+      this.peers.delete(peer.uid);
     }
     const { number, floor } = this.#sender.publisher;
     const rooms = this.#receiver.countBound();
     void this.#sender.tell(ALL_SERVERS, { type: "beat", revision: this.#revision, number, floor, rooms });
-  }
-
-  /** This server has been away, and may have missed something: each peer is asked for it. An emitter misses nothing. */
-  startCatchUp(): void {
-    if (this.#context.tenants.size === 0) return;
-    this.#awayAt = performance.now();
-    for (const peer of this.#peers.values()) {
-      peer.stream.startCatchUp();
-      peer.askAt = 0;
-    }
-  }
-
-  /** Asks a peer that may have sent what did not come, again and again: its queue may not be back yet. */
-  ask(peer: Peer): void {
-    const { uid, stream, askAt } = peer;
-    const now = performance.now();
-    if (!stream.catchUp || askAt > now || this.#context.upSince === undefined) return;
-    peer.askAt = now + ASK_AGAIN;
-    this.#tell(uid, { type: "ask", id: stream.catchUp.id, after: stream.cursor });
-  }
-
-  askAll(): void {
-    for (const peer of this.#peers.values()) this.ask(peer);
   }
 
   #onHello(peer: Peer, hello: Control & { type: "hello" }): void {
@@ -2033,7 +2000,6 @@ class Membership {
     peer.stream.hears(hello.number, hello.floor);
     if (hello.reply) this.#tell(peer.uid, this.#hello(false));
     this.#compare(peer.uid, hello.shared);
-    this.ask(peer);
   }
 
   async #announceSoon(): Promise<boolean> {
@@ -2094,7 +2060,7 @@ class Membership {
 interface Answers {
   /** Takes an answer; true once that peer has said all. */
   readonly take: (message: Answer, from: string) => boolean;
-  /** A peer has said all, or is gone. */
+  /** A peer has said all, or has left. */
   readonly done?: ((uid: string) => void) | undefined;
 }
 interface Request extends Answers {
@@ -2116,7 +2082,7 @@ class Requests {
     this.#sender = sender;
   }
 
-  /** Resolves when each of `peers` has said all or is gone, or after `ms`, with how many have not. */
+  /** Resolves when each of `peers` has said all or has left, or after `ms`, with how many have not. */
   ask(peers: string[], ms: number, send: (id: string) => void, answers: Answers): Promise<number> {
     if (peers.length === 0) return Promise.resolve(0);
     const id = `${this.#uid}.${++this.#count}`;
@@ -2135,7 +2101,7 @@ class Requests {
     if (request?.owing.has(from) && request.take(message, from)) this.#finish(request, from);
   }
 
-  /** A peer is gone. */
+  /** Nobody waits for this peer. */
   onLeave(uid: string): void {
     for (const request of this.#open.values()) this.#finish(request, uid);
   }
@@ -2161,8 +2127,6 @@ class Requests {
 const FEW_BINDINGS = 500;
 /** What the header and a replay add to a packet, at most (bytes). */
 const OVERHEAD = 768;
-/** How many bytes of a frame header the message's other properties may take. */
-const HEADER_RESERVE = 1_024;
 /** The AMQP type of a frame that its receiver has asked for again. */
 const AGAIN = "again";
 /** How many replayed frames may be unconfirmed. */
@@ -2196,11 +2160,8 @@ class Sender {
     const { uid, settings, reports } = context;
     this.#context = context;
     this.#events = events;
-    const facts: RoutingFacts = {
-      servers: events.servers,
-      severalKeys: () => this.#looksKeysUp || events.rooms() <= FEW_BINDINGS,
-      maxKeyBytes: () => this.#maxKeyBytes,
-    };
+    const severalKeys = () => this.#looksKeysUp || events.rooms() <= FEW_BINDINGS;
+    const facts = { servers: events.servers, severalKeys, maxKeyBytes: () => this.#maxKeyBytes };
     this.publisher = new Publisher(uid, settings, facts, {
       dropped: (packets) => (this.dropped += packets),
       flushIn: (ms) => {
@@ -2276,6 +2237,7 @@ class Sender {
     const left = this.publisher.unconfirmedPackets;
     const bye = this.tell(ALL_SERVERS, { type: "bye", number: this.publisher.number });
     if (left === 0) await within(CLOSE_PATIENCE, bye);
+    this.publisher.down(); // nothing is said behind a goodbye
     clearTimeout(this.#flushing);
     this.tick();
     return left;
@@ -2290,7 +2252,7 @@ class Sender {
     let taken = this.tell(key, { type: "begin", id: replay.id, from, to });
     for (let number = from; number <= to; number++) {
       if ((number - from) % REPLAY_WINDOW === 0 && !(await taken)) break;
-      if (peer.replay !== replay) return; // it has asked anew, or is gone
+      if (peer.replay !== replay) return; // it has asked anew, or has left
       const body = log.get(number);
       if (!body) break; // forgotten meanwhile: it asks again
       taken = publisher.sendNow(key, body, true);
@@ -2317,7 +2279,7 @@ class Sender {
     });
     await declare(channel, names);
     this.#looksKeysUp = Bun.semver.order(brokerVersion(model), "3.11.0") >= 0; // before, it scanned all bindings
-    this.#maxKeyBytes = frameMax(model) - HEADER_RESERVE;
+    this.#maxKeyBytes = frameMax(model) - 1_024; // for the message's other properties
     this.publisher.up(({ keys: [key = "", ...CC], body, direct, again }, confirmed) => {
       const options: Options.Publish = direct ? { mandatory: key !== ALL_SERVERS } : {};
       if (CC.length > 0) options.CC = CC;
@@ -2395,7 +2357,7 @@ class Receiver {
   }
 
   /** Whether what is published under a key, by its digest, should come to this queue. */
-  readonly expects = (digest: number): boolean => this.#topology?.bindings.gets(digest) ?? false;
+  readonly expects = (digest: number): boolean => this.#topology?.bindings.expects(digest) ?? false;
 
   /** A peer's queue has gone: an exchange of a room may have gone with it that others have bound just then. */
   renewSoon(): void {
@@ -2454,9 +2416,12 @@ class Receiver {
   /** An event from any AMQP client: the routing keys, or the room's exchange, name the rooms. */
   #onForeign(content: Buffer, { exchange, routingKey }: ConsumeMessage["fields"], cc: unknown): void {
     const { names, tenants } = this.#context;
-    const data = parseJson(content.toString());
-    if (!isList(data) || typeof data[0] !== "string")
-      throw new FrameError("JSON; expected an array that begins with a string");
+    const text = content.toString();
+    // Before it is parsed: a few thousand nested brackets would take milliseconds.
+    if (!/^\s*\[\s*"/.test(text))
+      throw new FrameError(`${JSON.stringify(text.slice(0, 20))}; expected an array that begins with a string`);
+    const data = parseJson(text);
+    if (!isList(data)) throw new FrameError("application/json that is no array");
     const isRoomExchange = exchange !== names.main && exchange !== names.keys;
     const keys = isRoomExchange
       ? (this.#topology?.bindings.viaExchange() ?? []).filter((key) => names.roomExchange(key) === exchange)
@@ -2470,33 +2435,62 @@ class Receiver {
   }
 }
 
-/** What becomes of the frames that the queue delivers. */
+/** The frames of each peer: put in order, asked for where they are missing, and delivered. */
 class Inbox {
   readonly counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0, lost: 0 };
   readonly #context: Context;
   readonly #membership: Membership;
-  /** Whether what is published under a key, by its digest, should come to this server's queue. */
-  readonly #expects: (digest: number) => boolean;
+  readonly #sender: Sender;
+  readonly #receiver: Receiver;
+  /** When this server was last away from the broker (ms, monotonic). */
+  #awayAt = -Infinity;
 
-  constructor(context: Context, membership: Membership, expects: (digest: number) => boolean) {
+  constructor(context: Context, membership: Membership, sender: Sender, receiver: Receiver) {
     this.#context = context;
     this.#membership = membership;
-    this.#expects = expects;
+    this.#sender = sender;
+    this.#receiver = receiver;
   }
 
   onFrame(frame: Frame, again: boolean): void {
     const peer = this.#membership.hear(frame.sender, this.#newStream);
     if (!peer) return;
-    if (frame.kind === FrameKind.Control) return this.#membership.onControl(peer, readControl(frame));
-    if (this.#context.tenants.size === 0) return; // an emitter takes no packets
+    if (frame.kind === FrameKind.Control) this.#membership.onControl(peer, readControl(frame));
+    else if (this.#context.tenants.size > 0) this.#onPackets(peer, frame, again); // an emitter takes none
+    if (peer.stream.catchUp) this.#ask(peer);
+  }
+
+  /** This server has been away, and may have missed something: each peer is asked for it. An emitter misses nothing. */
+  startCatchUp(): void {
+    if (this.#context.tenants.size === 0) return;
+    this.#awayAt = performance.now();
+    for (const peer of this.#membership.peers.values()) {
+      peer.stream.startCatchUp();
+      peer.askAt = 0;
+    }
+  }
+
+  /** Asks the peers that may have sent what did not come, again and again: their queues may not be back yet. */
+  askAll(): void {
+    for (const peer of this.#membership.peers.values()) this.#ask(peer);
+  }
+
+  #onPackets(peer: Peer, frame: Frame, again: boolean): void {
     const { stream } = peer;
-    if (!again) stream.receive(frame, predecessorsOf(frame, this.#expects));
+    if (!again) stream.receive(frame, predecessorsOf(frame, this.#receiver.expects));
     else if (stream.receiveAgain(frame)) peer.askAt = performance.now() + ASK_AGAIN;
     else {
       stream.startCatchUp();
       peer.askAt = 0;
     }
-    if (stream.catchUp) this.#membership.ask(peer);
+  }
+
+  #ask(peer: Peer): void {
+    const { catchUp, cursor } = peer.stream;
+    const now = performance.now();
+    if (!catchUp || peer.askAt > now || this.#context.upSince === undefined) return;
+    peer.askAt = now + ASK_AGAIN;
+    void this.#sender.tell(serverKey(peer.uid), { type: "ask", id: catchUp.id, after: cursor });
   }
 
   readonly #newStream = (uid: string): PeerStream<Frame> => {
@@ -2510,7 +2504,10 @@ class Inbox {
         reports.report(new Error(`Lost ${frames} frames of peer ${uid}: its journal no longer held them`));
       },
     };
-    return new PeerStream<Frame>(events, settings.journal.bytes);
+    const stream = new PeerStream<Frame>(events, settings.journal.bytes);
+    // Whoever is heard for the first time may have begun to send during an outage.
+    if (performance.now() - this.#awayAt < settings.journal.ms) stream.startCatchUp();
+    return stream;
   };
 
   #deliver(frame: Frame): void {
@@ -2570,11 +2567,11 @@ class Node implements Context {
     });
     this.receiver = new Receiver(this, {
       frame: (frame, again) => this.#inbox.onFrame(frame, again),
-      isBack: () => this.membership.startCatchUp(),
+      isBack: () => this.#inbox.startCatchUp(),
     });
     this.requests = new Requests(this.uid, this.sender);
     this.membership = new Membership(this, this.sender, this.receiver, this.requests);
-    this.#inbox = new Inbox(this, this.membership, this.receiver.expects);
+    this.#inbox = new Inbox(this, this.membership, this.sender, this.receiver);
   }
 
   get stats(): Omit<AdapterStats, "rooms"> {
@@ -2616,7 +2613,7 @@ class Node implements Context {
       // Peers that owe an answer or what was missed are asked again, as often as each of them is due.
       setInterval(() => {
         this.requests.probe();
-        this.membership.askAll();
+        this.#inbox.askAll();
       }, 100),
     );
   }
@@ -2679,7 +2676,7 @@ class Node implements Context {
     if (this.upSince === undefined) return;
     this.reports.outageEnds();
     void this.#announce(true);
-    this.membership.askAll();
+    this.#inbox.askAll();
   }
 
   async #announce(greets = false): Promise<void> {
@@ -2727,7 +2724,6 @@ interface StreamEvents<F> {
   deliver(frame: F): void;
   /** A frame was delivered that was missed before, or held while another was. */
   replayed(): void;
-  /** A frame came a second time. */
   duplicate(): void;
   /** Frames that did not come, and that the peer no longer has. */
   lost(frames: number): void;
@@ -2899,8 +2895,6 @@ const FEW_SERVERS = 8;
 const MANY_KEYS = 8;
 /** How many routing keys a frame has at most. RabbitMQ looks each of them up: 16 cost 10,000 messages/s, 64 4,000/s. */
 const MAX_KEYS = 64;
-/** What an entry of the `CC` header costs beyond its text (bytes). */
-const KEY_OVERHEAD = 5;
 
 /** What decides how frames are routed. */
 interface RoutingFacts {
@@ -3000,7 +2994,7 @@ class Batcher {
     const everyone = [namespaceKey(nsp)];
     if (isMixed && keys.size >= Math.max(MANY_KEYS, this.#facts.servers(nsp))) return everyone;
     let bytes = 0;
-    for (const key of keys) bytes += KEY_OVERHEAD + key.length * 3;
+    for (const key of keys) bytes += 5 + key.length * 3; // an entry of the `CC` header, at most
     return this.#facts.severalKeys() && bytes <= this.#facts.maxKeyBytes() ? [...keys] : everyone;
   }
 
@@ -3028,9 +3022,6 @@ const mayShare = (a: Destination, b: Destination): boolean =>
   a.volatile === b.volatile &&
   a.kind !== SectionKind.Direct &&
   Math.max(a.kind, SectionKind.Options) === Math.max(b.kind, SectionKind.Options);
-
-/** The log's memory comes in blocks of this many bytes, or less where `journal.bytes` is small; a larger frame has its own. */
-const BLOCK = 512 * 1024;
 
 /** Consecutive frames, one behind the other. */
 interface Block {
@@ -3062,7 +3053,7 @@ class SentLog {
 
   constructor(maxBytes: number) {
     this.#maxBytes = maxBytes;
-    this.#blockSize = Math.min(BLOCK, Math.ceil(maxBytes / 16));
+    this.#blockSize = Math.min(512 * 1024, Math.ceil(maxBytes / 16)); // a larger frame has a block of its own
   }
 
   /** When the oldest frame was made (ms, monotonic); undefined if there is none. */
@@ -3146,6 +3137,8 @@ type Transmit = (message: Outgoing, confirmed: (outcome: Outcome) => void) => vo
 interface Flight extends Outgoing {
   /** 0 if it is volatile. */
   readonly number: number;
+  /** When it was made (ms, monotonic). */
+  readonly at: number;
   readonly digests: readonly number[];
   keys: readonly string[];
   body: Buffer;
@@ -3236,7 +3229,11 @@ class Publisher {
   /** Publishes what has not been confirmed once more, with its numbers, and then what waits. */
   up(transmit: Transmit): void {
     this.#transmit = transmit;
-    for (const flight of this.#flights) this.#send(flight);
+    const before = this.#now() - this.#journalMs;
+    for (const flight of this.#flights) {
+      if (flight.at < before) this.#events.dropped(this.#withdraw(flight)); // peers may have forgotten whether they have it
+      this.#send(flight);
+    }
     this.expire();
     this.flush();
   }
@@ -3313,10 +3310,17 @@ class Publisher {
     const [largest] = this.#flights.toSorted((a, b) => sizeOf(b) - sizeOf(a));
     if (!largest) return 0;
     const size = sizeOf(largest);
-    largest.body = this.log.withdraw(largest.number) ?? largest.body; // the number stays, so nobody misses it
-    largest.keys = largest.keys.slice(0, 1);
-    largest.packets = 0;
+    this.#withdraw(largest);
     return size;
+  }
+
+  /** Takes a frame's packets away, and returns how many. Its number stays, so nobody misses it. */
+  #withdraw(flight: Flight): number {
+    const { packets } = flight;
+    flight.body = this.log.withdraw(flight.number) ?? flight.body;
+    flight.keys = flight.keys.slice(0, 1);
+    flight.packets = 0;
+    return packets;
   }
 
   #publish(): void {
@@ -3330,7 +3334,7 @@ class Publisher {
     const body = writeFrame(allocate, this.#uid, number, this.floor, packets, predecessors);
     const digests = keys.slice(0, MAX_DIGESTS).map(digestOf);
     const direct = to.kind === SectionKind.Direct;
-    const flight: Flight = { number, keys, body, direct, digests, packets: packets.length };
+    const flight: Flight = { number, at: this.#now(), keys, body, direct, digests, packets: packets.length };
     this.#flights.push(flight);
     this.packetsSent += packets.length;
     this.#send(flight);
@@ -3485,6 +3489,8 @@ interface BindingChange {
 
 /** Stands for all routing keys: a binding to the main exchange. */
 const EVERYTHING = "";
+/** For how many ms a frame may be under way that was routed before a key was bound. */
+const UNDER_WAY = 2_000;
 /** With more bindings to make than this, the queue gets everything until they are made, for then joins need not wait. */
 const STORM = 32;
 /**
@@ -3500,10 +3506,9 @@ class Bindings {
   readonly bound = new Map<string, Way>([[EVERYTHING, "key"]]);
   /** Adapters by the name of their namespace. */
   readonly #owners: ReadonlyMap<string, RoomOwner>;
-  /** Whether rooms get exchanges of their own. */
   #mayHaveExchanges: boolean;
-  /** The digests of bound keys, and of the server's own. */
-  readonly #digests: Set<number>;
+  /** Since when the queue has got what is published under a key, by its digest (ms, monotonic). */
+  readonly #gotSince: Map<number, number>;
   /** Keys to bind, to unbind, and to bind once more, in this order: nobody waits for the last two. */
   readonly #joins = new Set<string>();
   readonly #leaves = new Set<string>();
@@ -3517,7 +3522,7 @@ class Bindings {
   constructor(owners: ReadonlyMap<string, RoomOwner>, mayHaveExchanges: boolean, ownKeys: string[]) {
     this.#owners = owners;
     this.#mayHaveExchanges = mayHaveExchanges;
-    this.#digests = new Set(ownKeys.map(digestOf));
+    this.#gotSince = new Map([EVERYTHING, ...ownKeys].map((key) => [digestOf(key), -Infinity]));
   }
 
   /** Whether the queue gets what is published under this key, and what is for everyone in its namespace. */
@@ -3526,9 +3531,13 @@ class Bindings {
     return bound.has(EVERYTHING) || (bound.has(key) && bound.has(this.#namespaceKey(key)));
   }
 
-  /** Whether the queue gets what is published under a key with this digest. */
-  gets(digest: number): boolean {
-    return this.bound.has(EVERYTHING) || this.#digests.has(digest);
+  /**
+   * Whether what was published under a key, by its digest, must have come to the queue if it was unconfirmed a moment ago. While a
+   * key is being bound it may have been routed before: a client that joins a room does not hear what came before it.
+   */
+  expects(digest: number): boolean {
+    const since = Math.min(this.#gotSince.get(digest) ?? Infinity, this.#everythingSince);
+    return since < Infinity && performance.now() - since > UNDER_WAY;
   }
 
   /** A key may have to be bound or unbound. The promise resolves when one that is wanted is live. */
@@ -3566,8 +3575,9 @@ class Bindings {
     this.#busy.delete(key);
     if (to) {
       this.bound.set(key, to);
-      this.#digests.add(digestOf(key));
-    } else this.#digests.delete(digestOf(key));
+      const digest = digestOf(key);
+      if (!this.#gotSince.has(digest)) this.#gotSince.set(digest, Math.min(performance.now(), this.#everythingSince));
+    }
     void this.look(key);
     if (this.#namespaceKey(key) !== key) return;
     for (const room of this.#waiting.keys()) void this.look(room); // they wait for their namespace as well
@@ -3593,6 +3603,10 @@ class Bindings {
     for (const key of [...this.#waiting.keys(), ...this.viaExchange()]) void this.look(key);
   }
 
+  get #everythingSince(): number {
+    return this.#gotSince.get(digestOf(EVERYTHING)) ?? Infinity;
+  }
+
   /** How many bindings are still to be made. */
   get #unmade(): number {
     let count = this.#joins.size;
@@ -3612,7 +3626,10 @@ class Bindings {
   #begin(key: string, renews = false): BindingChange | undefined {
     const [from, to] = [this.bound.get(key), this.#wants(key)];
     if (this.#busy.has(key) || (from === to && !(renews && to === "exchange"))) return undefined;
-    if (!to) this.bound.delete(key);
+    if (!to) {
+      this.bound.delete(key);
+      this.#gotSince.delete(digestOf(key));
+    }
     const change = { key, from, to };
     this.#busy.set(key, change);
     return change;
@@ -3959,6 +3976,7 @@ async function release(model: AmqpConnection): Promise<void> {
   const emitter: NodeJS.EventEmitter = model;
   emitter.on("error", ignore); // one that came too late has no listener yet
   await within(CLOSE_PATIENCE, model.close().catch(ignore));
+  internals(model).stream?.destroy?.(); // over a dead link it would keep the process alive until a heartbeat is missed
 }
 
 /** What a promise resolves to, or undefined after `ms`. */
@@ -4077,7 +4095,6 @@ interface Frame {
   /** 0 for one that is volatile. */
   readonly number: number;
   readonly floor: number;
-  /** How many packets are in it. */
   readonly packets: number;
   readonly body: Buffer;
 }
