@@ -550,7 +550,7 @@ class LocalAdapter extends BoundAdapter {
 
   #write(delivery: Delivery): void {
     const { sockets, target, packets, decoded } = delivery;
-    if (sockets.length === 0 && !this.recovery) return;
+    if (sockets.length === 0 && !this.recovery?.sessions.awaits(target)) return;
     const { volatile, compress } = (typeof target === "string" ? undefined : target.flags) ?? {};
     const options = { preEncoded: true, volatile, compress };
     for (const parts of this.recovery ? this.recovery.written(delivery) : packets()) {
@@ -1387,8 +1387,8 @@ class Handover {
   /** A peer asks for the session of a client that has come to it, or for all: gives those that it may claim together. */
   onFind({ pid, offset = "" }: LostClient): Found[] {
     if (pid !== undefined && this.#sessions.isComing(pid)) return [{ isMoving: true }];
-    const sessions = pid === undefined ? this.#sessions.together : [this.#sessions.find(pid, offset) ?? []].flat();
-    return sessions.flatMap(({ pid, sid, rooms, data }) => {
+    const found = pid === undefined ? this.#sessions.together : this.#sessions.find(pid, offset);
+    return [found ?? []].flat().flatMap(({ pid, sid, rooms, data }) => {
       if (lengthOf(data) < Infinity) return [{ pid, rooms }];
       const message = `The data of socket ${sid} cannot be sent to the server it came back to`;
       this.#node.reports.report(new TypeError(message));
@@ -1412,16 +1412,12 @@ class Handover {
     this.isClosing = true;
     const until = this.#timeout();
     const refusing = new Set<string>();
+    const offer = (id: string): Message => ({ type: "offer", id });
     while (performance.now() < until) {
       const [session] = this.#sessions.together;
       const peer = this.#peers().find((uid) => !refusing.has(uid));
       if (session && peer) {
-        await this.#ask(
-          [peer],
-          until,
-          (id) => ({ type: "offer", id }),
-          () => {},
-        );
+        await this.#ask([peer], until, offer, () => {});
         if (this.#sessions.get(session.pid) === session) refusing.add(peer);
       } else if (session || this.#takingOver === 0)
         break; // there is no other server, or all close as well; or nothing is left
@@ -1438,19 +1434,16 @@ class Handover {
   async #takeOver(peers: string[], lost: LostClient, until: number): Promise<boolean> {
     const { log } = this.#sessions;
     const found: (Found & { from: string })[] = [];
-    await this.#ask(
-      peers,
-      until,
-      (id) => ({ type: "find", id, ...lost }),
-      (list, from) => {
-        for (const item of list) if (isFound(item)) found.push({ ...item, from });
-      },
-    );
+    const find = (id: string): Message => ({ type: "find", id, ...lost });
+    await this.#ask(peers, until, find, (list, from) => {
+      for (const item of list) if (isFound(item)) found.push({ ...item, from });
+    });
     const sessions = found.filter((item) => "pid" in item);
     const [first] = sessions;
     if (!first) return found.length > 0;
     const { from } = first;
     const pids = sessions.map(({ pid }) => pid);
+    const claim = (id: string): Message => ({ type: "claim", id, pids, offset: lost.offset });
     const begin = log.position;
     this.#takingOver++;
     for (const session of sessions) this.#sessions.keep(session);
@@ -1459,7 +1452,6 @@ class Handover {
     for (let isTaken = false; !isTaken && performance.now() < until && this.#peers().includes(from);) {
       const items: unknown[] = [];
       const claimedAt = log.position;
-      const claim = (id: string): Message => ({ type: "claim", id, pids, offset: lost.offset });
       await this.#ask([from], until, claim, (list, _, isLast) => {
         items.push(...list);
         const { heard } = items.find(isHeard) ?? {};
@@ -1563,7 +1555,6 @@ class Recovery {
 
   /** The packets of a delivery, each with an offset, by which the client says how far it has come. */
   written({ sockets, target, origin, first = 0, packets, decoded }: Delivery): unknown[][] {
-    if (sockets.length === 0 && !this.sessions.awaits(target)) return [];
     if (decoded?.id !== undefined) return packets();
     const { log } = this.sessions;
     const frame = "body" in origin ? origin : undefined;
