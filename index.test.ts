@@ -1698,6 +1698,8 @@ describe("an outage", () => {
     /** Whether it is a frame that its receiver has asked for again. */
     again: boolean;
     send: () => void;
+    /** The broker gets it, and its confirm gets lost. */
+    sendUnconfirmed: () => void;
     /** As the broker would. */
     confirm: () => void;
   }
@@ -1715,8 +1717,14 @@ describe("an outage", () => {
         const channel = await createConfirmChannel.call(connection, options);
         const publish = channel.publish.bind(channel);
         channel.publish = (exchange, key, content, options, confirmed) => {
-          const send = () => void publish(exchange, key, content, options, confirmed);
-          pass({ key, content, again: options?.type === "again", send, confirm: () => confirmed?.(null, {}) });
+          pass({
+            key,
+            content,
+            again: options?.type === "again",
+            send: () => void publish(exchange, key, content, options, confirmed),
+            sendUnconfirmed: () => void publish(exchange, key, content, options, () => {}),
+            confirm: () => confirmed?.(null, {}),
+          });
           return true;
         };
         return channel;
@@ -1879,6 +1887,22 @@ describe("an outage", () => {
     await eventually(() => expect(errorsOf(a).join()).toContain("Dropped 10 packets"));
     expect(b.adapter.stats.lost).toBe(0); // they never had numbers
     nodes.forEach(errorsOf);
+  });
+
+  test("longer than the journal gives nothing again that had come, though its confirm was lost", async () => {
+    const pass: Pass = ({ content, send, sendUnconfirmed }) =>
+      content.includes("unconfirmed") ? sendUnconfirmed() : send();
+    const times = { journal: { ms: 300 }, heartbeatInterval: 100, heartbeatTimeout: 200 };
+    const { linkA, a, emit, until, back } = await pair({ a: pass }, times);
+    a.io.to("red").emit("number", "a", 1, "unconfirmed");
+    await until(1);
+    linkA.cut();
+    await Bun.sleep(1_000); // b forgets a
+    linkA.heal();
+    await back(a);
+    await emit(2, 2);
+    expect(await until(2)).toEqual([0, 1, 2]);
+    expect(a.adapter.stats.dropped).toBe(1);
   });
 
   // What RabbitMQ does where nodes of a cluster lose touch, done to the first message to the room on its way to the broker.

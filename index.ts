@@ -215,18 +215,16 @@ export function createEmitter<Events extends EventMap<Events> = AnyEvents>(optio
   const settings = checked(options, EMITTER_OPTIONS);
   const node = new Node(settings, settings.onError);
   node.start();
-  const { closeTimeout = EMITTER_CLOSE_TIMEOUT, parser } = settings;
-  return new Emitter<Events>(node, { closeTimeout, encoder: parser && new parser.Encoder() });
+  return new Emitter<Events>(node, settings.parser && new settings.parser.Encoder());
 }
 
-type Settings = Required<Omit<AdapterOptions, "journal" | "roomExchanges">> & {
-  journal: Required<JournalOptions>;
-  roomExchanges?: boolean | undefined;
-};
+type Settings = Required<Omit<AdapterOptions, "roomExchanges">> &
+  Required<Pick<EmitterOptions, "closeTimeout">> &
+  Pick<AdapterOptions, "roomExchanges"> & { journal: Required<JournalOptions> };
 type Expectation = [expected: string, meets: (value: unknown) => boolean];
 
 const MiB = 1024 * 1024;
-const ADAPTER_DEFAULTS = {
+const DEFAULTS = {
   prefix: "socket.io",
   socketRooms: "shared" as const,
   requestsTimeout: 5_000,
@@ -237,6 +235,7 @@ const ADAPTER_DEFAULTS = {
   maxPayload: 16 * MiB,
   journal: { bytes: 64 * MiB, ms: 60_000 },
   maxQueued: 256 * MiB,
+  closeTimeout: 30_000,
 };
 
 const isRecord = (value: unknown): value is Record<string, unknown> =>
@@ -308,8 +307,8 @@ function checked<T extends NodeOptions>(options: T, expectations: Record<string,
     }
     if (!expectation[1](value)) throw refusal(name, expectation[0], value);
   }
-  const journal = { ...ADAPTER_DEFAULTS.journal, ...withoutUndefined(given.journal ?? {}) };
-  const settings = { ...ADAPTER_DEFAULTS, ...given, journal };
+  const journal = { ...DEFAULTS.journal, ...withoutUndefined(given.journal ?? {}) };
+  const settings = { ...DEFAULTS, ...given, journal };
   const { heartbeatInterval, heartbeatTimeout } = settings;
   if (heartbeatTimeout <= heartbeatInterval)
     throw refusal("heartbeatTimeout", `more than heartbeatInterval (${heartbeatInterval})`, heartbeatTimeout);
@@ -321,31 +320,33 @@ function checked<T extends NodeOptions>(options: T, expectations: Record<string,
 /** What the adapter uses of Socket.IO's classes, which socket.io-adapter types as `any`. */
 interface Namespace {
   readonly name: string;
-  readonly adapter?: unknown;
-  readonly server: {
-    readonly encoder: { encode(packet: Packet): unknown[] };
-    readonly _parser: { Decoder: new (options?: object) => Decoder };
-  };
-  _onServerSideEmit(args: unknown[]): void;
+  readonly server: object;
 }
 /** The same, with what Socket.IO's types hide or say in another way. */
 interface OpenNamespace extends Namespace {
-  readonly server: Namespace["server"] & {
+  readonly adapter?: { readonly "socket.io-amqp0"?: true; close(): unknown };
+  readonly server: {
+    readonly encoder: Encoder;
+    readonly _parser: { Decoder: new (options?: object) => Decoder };
     readonly opts?: { readonly connectionStateRecovery?: { readonly maxDisconnectionDuration: number } };
   };
-  readonly sockets?: Map<SocketId, Socket>;
+  readonly sockets: Map<SocketId, Socket>;
   /** Sockets that are not connected yet: their middlewares run. */
   readonly _preConnectSockets?: Map<SocketId, unknown>;
   /** Runs the middlewares. */
-  run?(socket: unknown, next: unknown): void;
+  run(socket: unknown, next: unknown): void;
   /** A socket goes. That of a namespace that is made from a pattern may close the namespace. */
-  _remove?(socket: { readonly id: SocketId }): void;
-  on?(event: "connect", listener: (socket: Socket) => void): unknown;
-  off?(event: "connect", listener: (socket: Socket) => void): unknown;
+  _remove(socket: { readonly id: SocketId }): void;
+  prependListener(event: "connect", listener: (socket: Socket) => void): unknown;
+  off(event: "connect", listener: (socket: Socket) => void): unknown;
+  _onServerSideEmit(args: unknown[]): void;
 }
 /** What Socket.IO takes as its `parser` option, as far as it is used here. */
 export interface Parser {
-  Encoder: new () => { encode(packet: Packet): unknown[] };
+  Encoder: new () => Encoder;
+}
+interface Encoder {
+  encode(packet: Packet): unknown[];
 }
 interface Decoder {
   on(event: "decoded", listener: (packet: Packet) => void): unknown;
@@ -361,15 +362,15 @@ interface Connected {
 interface Socket {
   readonly id: SocketId;
   readonly rooms: Set<Room>;
-  readonly handshake: { readonly issued: number };
+  readonly handshake: { readonly sessionStore?: unknown };
   readonly data: unknown;
   readonly acks: Map<number, unknown>;
   readonly client: { writeToEngine(parts: unknown[], flags: object): void; readonly conn: Connected };
   /** The private id of its session, with connection state recovery. */
   readonly pid?: string;
   _onclose(reason: string): void;
-  listenersAnyOutgoing?(): unknown[];
-  notifyOutgoingListeners?(packet: Packet): void;
+  listenersAnyOutgoing(): unknown[];
+  notifyOutgoingListeners(packet: Packet): void;
 }
 export interface Packet {
   type: number;
@@ -378,21 +379,10 @@ export interface Packet {
   id?: number;
 }
 
-/** Whether it is an adapter of any copy of this module: `bun --hot` evaluates it again, with a class of its own. */
-const isOurs = (adapter: unknown): adapter is { close(): unknown } =>
-  typeof adapter === "object" && adapter !== null && "socket.io-amqp0" in adapter;
-/** For how many ms a client's connection waits for its namespace to be bound. */
-const HOLD_CLIENTS = 1_000;
-
 /** The Socket.IO protocol's type of an event, https://socket.io/docs/v4/socket-io-protocol/#packet-types */
 const EVENT = 2;
 const ACK = 3;
-/** How many ms after an acknowledged broadcast has timed out an answer may still come. */
-const ACK_GRACE = 1_000;
-/** What stands for a client's answer that its server's parser cannot encode. */
-const UNSENDABLE = "The client's answer cannot be sent to this server; the other server has reported why";
 const EVERYONE: BroadcastOptions = { rooms: new Set() };
-const NO_ROOMS: ReadonlyMap<Room, unknown> = new Map();
 /** Names that Socket.IO keeps for itself: a client's parser refuses the packet and closes its connection. */
 const RESERVED_EVENTS = new Set([
   "connect",
@@ -407,10 +397,13 @@ const RESERVED_EVENTS = new Set([
 const apply: (this: Adapter, opts: BroadcastOptions, callback: (socket: Socket) => void) => void =
   Adapter.prototype["apply"];
 
-/** Encoded packets for sockets: those of a room, or of options. */
+/** Packets for a room, or for options. */
+type Target = string | BroadcastOptions;
+
+/** Encoded packets for sockets. */
 interface Delivery {
   readonly sockets: Socket[];
-  readonly target: string | BroadcastOptions;
+  readonly target: Target;
   readonly origin: Origin | Frame;
   /** How many packets stand before them in the frame that brought them. */
   readonly first?: number;
@@ -419,220 +412,36 @@ interface Delivery {
   readonly decoded?: Packet;
 }
 
-/** The local side of a namespace: its sockets, and what is written to them. */
-class LocalAdapter extends Adapter {
+/** Binds what the rooms of a namespace and its sessions want. */
+class BoundAdapter extends Adapter {
   declare readonly nsp: OpenNamespace;
-  /** The sockets that are connected. */
-  protected readonly connected: ReadonlyMap<SocketId, Socket>;
-  /** Reports what a user should know. */
-  protected readonly reportError: (error: Error) => void;
-  readonly #maxDetails: number;
-
-  constructor(nsp: Namespace, report: (error: Error) => void, maxPayload: number) {
-    super(nsp);
-    this.connected = this.nsp.sockets ?? new Map();
-    this.reportError = report;
-    this.#maxDetails = maxPayload / 4;
-  }
-
-  /** @internal Packets of a peer, handed to the local sockets as they are. */
-  onPackets({ kind, head, first }: Section, packets: () => Part[][], origin: Frame): void {
-    const target = kind === SectionKind.Room ? head : kind === SectionKind.Options ? packetsHead(head) : EVERYONE;
-    const sockets = typeof target === "string" ? this.#inRoom(target) : this.localSockets(target);
-    this.#deliver({ sockets, target, origin, first, packets });
-  }
-
-  /** Delivers a packet to the local sockets; returns it encoded. */
-  protected broadcastLocally(packet: Packet, opts: BroadcastOptions, origin: Origin): unknown[] {
-    packet.nsp = this.nsp.name;
-    const parts = this.nsp.server.encoder.encode(packet);
-    const packets = () => [parts];
-    this.#deliver({ sockets: this.localSockets(opts), target: opts, origin, packets, decoded: packet });
-    return parts;
-  }
-
-  /** The packets of a delivery as they are written to its sockets. */
-  protected written({ sockets, packets }: Delivery): unknown[][] {
-    return sockets.length === 0 ? [] : packets();
-  }
-
-  #deliver(delivery: Delivery): void {
-    const { sockets, target, decoded } = delivery;
-    const packets = this.written(delivery);
-    if (sockets.length > 0) this.#write(sockets, packets, typeof target === "string" ? {} : target.flags, decoded);
-  }
-
-  /** What `apply` finds, with nothing made for a room that nobody is in: the most frequent case by far. */
-  #inRoom(room: Room): Socket[] {
-    const sockets: Socket[] = [];
-    const ids = this.rooms.get(room);
-    if (ids)
-      for (const id of ids) {
-        const socket = this.connected.get(id);
-        if (socket) sockets.push(socket);
-      }
-    return sockets;
-  }
-
-  protected localSockets(opts: BroadcastOptions): Socket[] {
-    if (opts.rooms.size === 1 && !opts.except?.size) for (const room of opts.rooms) return this.#inRoom(room);
-    const sockets: Socket[] = [];
-    apply.call(this, opts, (socket) => sockets.push(socket));
-    return sockets;
-  }
-
-  #write(sockets: Socket[], packets: unknown[][], flags: BroadcastFlags = {}, decoded?: Packet): void {
-    const options = { preEncoded: true, volatile: flags.volatile, compress: flags.compress };
-    for (const parts of packets) {
-      let packet = decoded;
-      for (const socket of sockets) {
-        if (socket.listenersAnyOutgoing?.().length) {
-          try {
-            socket.notifyOutgoingListeners?.((packet ??= this.decode(parts)));
-          } catch (error) {
-            if (decoded) throw error; // into the emit() of the user who can mend it
-            this.reportError(new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }));
-          }
-        }
-        socket.client.writeToEngine(parts, options);
-      }
-    }
-  }
-
-  protected decode(parts: unknown[]): Packet {
-    const decoder = new this.nsp.server._parser.Decoder({ maxAttachments: Infinity });
-    let packet: Packet | undefined;
-    decoder.on("decoded", (decoded) => (packet = decoded));
-    for (const part of parts) decoder.add(part);
-    decoder.destroy();
-    if (!packet) throw new FrameError(`a packet of ${parts.length} parts that the parser does not understand`);
-    return packet;
-  }
-
-  /** Undefined where the parser does not take it, which is reported. */
-  protected tryEncode(packet: Packet): Part[] | undefined {
-    try {
-      return this.nsp.server.encoder.encode(packet).map(partOf);
-    } catch (error) {
-      this.reportError(new TypeError(`A packet cannot be encoded for other servers: ${asError(error).message}`));
-      return undefined;
-    }
-  }
-
-  /** An acknowledged broadcast of a peer. */
-  protected answerBroadcast(
-    { id, opts, timeout, packet: parts }: Message & { type: "broadcast" },
-    answer: (value: Answer) => void,
-  ): void {
-    const { data } = this.decode(parts);
-    const packet: Packet = { type: EVENT, nsp: this.nsp.name, data: eventOf(data) };
-    const options = fromWire(opts);
-    const sockets = this.localSockets(options);
-    super.broadcastWithAck(
-      packet,
-      options,
-      (count) => answer({ type: "clients", id, count }),
-      (...values: unknown[]) => {
-        const encoded = this.tryEncode({ type: ACK, nsp: this.nsp.name, id: 0, data: values });
-        answer(encoded ? { type: "ack", id, packet: encoded } : { type: "ack", id });
-      },
-    );
-    // Socket.IO would wait for the answers of these clients until they disconnect.
-    setTimeout(() => {
-      for (const { acks } of sockets) if (packet.id !== undefined) acks.delete(packet.id);
-    }, timeout + ACK_GRACE).unref();
-  }
-
-  /** @internal */
-  onConnection(event: "connect" | "disconnect", connection: string): void {
-    queueMicrotask(() => this.emit(event, connection));
-  }
-
-  /** @internal */
-  report(error: Error): boolean {
-    if (this.listenerCount("error") === 0) return false;
-    // A listener that throws breaks nothing that is being done; one that is there once may have gone meanwhile.
-    queueMicrotask(() => this.listenerCount("error") > 0 && this.emit("error", error));
-    return true;
-  }
-
-  /** What cannot be encoded is reported, and left out. */
-  protected encodeAnswer(value: Answer): Part[] {
-    try {
-      return encodeValue(value);
-    } catch (error) {
-      this.reportError(new TypeError(`An answer cannot be sent to another server: ${asError(error).message}`));
-      return encodeValue({ type: value.type, id: value.id, value: null });
-    }
-  }
-
-  /** An event for the servers: their listeners may answer once. */
-  protected answerEmit({ id, args }: Message & { type: "emit" }, answer: (value: Answer) => void): void {
-    if (id === undefined) return this.nsp._onServerSideEmit(args);
-    let answered = false;
-    const callback = (value: unknown) => {
-      if (!answered) answer({ type: "answer", id, value });
-      answered = true;
-    };
-    this.nsp._onServerSideEmit([...args, callback]);
-  }
-
-  /** What a peer learns of the matching sockets. */
-  protected answerFetch({ id, opts }: Message & { type: "fetch" }, answer: (value: Answer) => void): void {
-    this.answerWith(
-      id,
-      this.localSockets(fromWire(opts)).map((socket) => detailsOf(socket, this.#maxDetails, this.reportError)),
-      answer,
-    );
-  }
-
-  /** Answers with a list, in parts of a bounded size. */
-  protected answerWith(id: string, list: readonly unknown[], answer: (value: Answer) => void): void {
-    let items: unknown[] = [];
-    let size = 0;
-    for (const item of list) {
-      const itemSize = isDelivered(item) ? lengthOfParts(item.parts) : lengthOf(item);
-      if (items.length > 0 && size + itemSize > this.#maxDetails) {
-        answer({ type: "items", id, items, more: true });
-        items = [];
-        size = 0;
-      }
-      items.push(item);
-      size += itemSize;
-    }
-    answer({ type: "items", id, items, more: false });
-  }
-}
-
-/** Binds what the rooms of a namespace want. */
-class BoundAdapter extends LocalAdapter {
-  /** @internal Marks an adapter of any copy of this module. */
+  /** @internal Marks an adapter of any copy of this module: `bun --hot` evaluates it again, with a class of its own. */
   readonly "socket.io-amqp0": true = true;
   /** @internal The routing key of what is for everyone in this namespace. */
   readonly key: string;
   protected readonly node: Node;
   protected readonly routes: Routes;
+  /** Where the server has `connectionStateRecovery`. */
+  protected readonly recovery: Recovery | undefined;
   /** Rooms with names that are too long for a key, by the hash that is their key. */
   readonly #hashed = new Map<string, Room>();
   #isKeptOpen = false;
 
   constructor(nsp: Namespace, node: Node) {
-    super(nsp, node.reports.report, node.settings.maxPayload);
+    super(nsp);
     this.key = namespaceKey(nsp.name);
     this.node = node;
     this.routes = node.routes(nsp.name);
-  }
-
-  /** Rooms that stay bound though no socket is in them. */
-  protected get pinned(): ReadonlyMap<Room, unknown> {
-    return NO_ROOMS;
+    const { maxDisconnectionDuration } = this.nsp.server.opts?.connectionStateRecovery ?? {};
+    if (maxDisconnectionDuration !== undefined)
+      this.recovery = new Recovery(node, this.nsp, maxDisconnectionDuration, this.rooms, this.#follow);
   }
 
   /** @internal The routing keys of its rooms. */
   keys(): Iterable<string> {
-    const rooms = this.pinned.size === 0 ? this.rooms : new Set(this.rooms.keys()).union(this.pinned);
-    return rooms
-      .keys()
+    return new Set(this.rooms.keys())
+      .union(this.recovery?.sessions.pinned ?? new Map())
+      .values()
       .filter((room) => this.routes.hasKey(room))
       .map((room) => roomKey(this.nsp.name, room));
   }
@@ -648,35 +457,28 @@ class BoundAdapter extends LocalAdapter {
   /** Resolves once every later emit anywhere reaches the socket; returns at once while the broker is away. */
   override addAll(id: SocketId, rooms: Set<Room>): Promise<void> | void {
     super.addAll(id, rooms);
-    return this.follow(rooms);
+    return this.#follow(rooms);
   }
 
   override del(id: SocketId, room: Room): void {
     super.del(id, room);
-    void this.follow([room]);
+    void this.#follow([room]);
   }
 
   override delAll(id: SocketId): void {
     const rooms = this.sids.get(id);
+    this.recovery?.left(id);
     super.delAll(id);
-    if (rooms) void this.follow(rooms);
+    if (rooms) void this.#follow(rooms);
   }
 
-  protected follow(rooms: Iterable<Room>): Promise<void> | void {
-    let pending: Promise<void>[] | undefined;
-    for (const room of rooms) {
-      if (!this.routes.hasKey(room)) continue;
-      const key = roomKey(this.nsp.name, room);
-      if (!key.startsWith(HASHED) || !this.#has(room)) this.#hashed.delete(key);
-      else this.#hashed.set(key, room);
-      const done = this.node.receiver.follow(key);
-      if (done) (pending ??= []).push(done);
-    }
-    if (pending) return Promise.all(pending).then(() => {});
+  override persistSession(session: SocketSession): void {
+    this.recovery?.sessions.persist(session);
   }
 
-  #has(room: Room): boolean {
-    return this.rooms.has(room) || this.pinned.has(room);
+  /** Rejects where there is no session, which Socket.IO takes for a new client. */
+  override restoreSession(pid: string, offset: string): Promise<Restored> {
+    return this.recovery?.restore(pid, offset) ?? Promise.reject(new Error("connectionStateRecovery is off"));
   }
 
   /**
@@ -687,12 +489,11 @@ class BoundAdapter extends LocalAdapter {
   protected holdClients(): void {
     const { nsp } = this;
     const { run } = nsp;
-    if (!run) return;
     nsp.run = (socket, next) => {
       const live = nsp.adapter === this ? this.node.receiver.follow(this.key) : undefined;
       if (!live) return run.call(nsp, socket, next);
       this.#keepOpen();
-      void within(HOLD_CLIENTS, live).then(() => run.call(nsp, socket, next));
+      void within(1_000, live).then(() => run.call(nsp, socket, next));
     };
   }
 
@@ -706,127 +507,171 @@ class BoundAdapter extends LocalAdapter {
     if (this.#isKeptOpen || !coming || !Object.hasOwn(nsp, "_remove")) return;
     this.#isKeptOpen = true;
     nsp._remove = (socket) => {
-      void (sockets?.delete(socket.id) || coming.delete(socket.id));
-      if (coming.size === 0) remove?.call(nsp, socket);
+      void (sockets.delete(socket.id) || coming.delete(socket.id));
+      if (coming.size === 0) remove.call(nsp, socket);
     };
   }
+
+  #has(room: Room): boolean {
+    return this.rooms.has(room) || this.recovery?.sessions.pinned.has(room) === true;
+  }
+
+  readonly #follow: Follow = (rooms) => {
+    let pending: Promise<void>[] | undefined;
+    for (const room of rooms) {
+      if (!this.routes.hasKey(room)) continue;
+      const key = roomKey(this.nsp.name, room);
+      if (!key.startsWith(HASHED) || !this.#has(room)) this.#hashed.delete(key);
+      else this.#hashed.set(key, room);
+      const done = this.node.receiver.follow(key);
+      if (done) (pending ??= []).push(done);
+    }
+    return pending && Promise.all(pending).then(() => {});
+  };
 }
 
-/** Keeps the sessions of lost clients, where the server has `connectionStateRecovery`. */
-class RecoveringAdapter extends BoundAdapter {
-  readonly #recovery: Recovery | undefined;
-  /** Whether an offset can be pasted into the text of an encoded packet: not with another parser than the default one. */
-  readonly #pastes: boolean;
-  readonly #onConnect = (socket: Socket): void => this.#recovery?.connected(socket);
+/** The local side of a namespace: its sockets, what is written to them, and what peers ask of them. */
+class LocalAdapter extends BoundAdapter {
+  /** @internal Packets of a peer, handed to the local sockets as they are. */
+  onPackets(section: Section, packets: () => Part[][], origin: Frame): void {
+    const target = targetOf(section);
+    const sockets = typeof target === "string" ? this.#inRoom(target) : this.localSockets(target);
+    this.#write({ sockets, target, origin, first: section.first, packets });
+  }
 
-  constructor(nsp: Namespace, node: Node) {
-    super(nsp, node);
-    this.#pastes = nsp.server.encoder.encode({ type: EVENT, nsp: "/", data: ["name"] }).join() === '2["name"]';
-    const { recoveryBytes, requestsTimeout } = node.settings;
-    const { maxDisconnectionDuration } = this.nsp.server.opts?.connectionStateRecovery ?? {};
-    if (maxDisconnectionDuration === undefined) return;
-    const links: RecoveryLinks = {
-      uid: node.uid,
-      sockets: this.connected,
-      peers: () => (node.upSince === undefined ? [] : node.membership.serversOf(nsp.name)),
-      ask: (peers, until, question, take) => {
-        const send = (id: string) => node.sendTo(peers, nsp.name, { ...question, id });
-        return node.requests.ask(peers, Math.max(until - performance.now(), 0), send, {
-          take: (message, from) => {
-            if (message.type !== "items") return false;
-            take(message.items, from, !message.more);
-            return !message.more;
-          },
-        });
+  /** Delivers a packet to the local sockets; returns it encoded. */
+  protected broadcastLocally(packet: Packet, opts: BroadcastOptions, origin: Origin): unknown[] {
+    packet.nsp = this.nsp.name;
+    const parts = this.nsp.server.encoder.encode(packet);
+    const packets = () => [parts];
+    this.#write({ sockets: this.localSockets(opts), target: opts, origin, packets, decoded: packet });
+    return parts;
+  }
+
+  #write(delivery: Delivery): void {
+    const { sockets, target, packets, decoded } = delivery;
+    if (sockets.length === 0 && !this.recovery) return;
+    const { volatile, compress } = (typeof target === "string" ? undefined : target.flags) ?? {};
+    const options = { preEncoded: true, volatile, compress };
+    for (const parts of this.recovery ? this.recovery.written(delivery) : packets()) {
+      let packet = decoded;
+      for (const socket of sockets) {
+        if (socket.listenersAnyOutgoing().length) {
+          try {
+            socket.notifyOutgoingListeners((packet ??= decode(this.nsp, parts)));
+          } catch (error) {
+            if (decoded) throw error; // into the emit() of the user who can mend it
+            this.node.reports.report(
+              new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }),
+            );
+          }
+        }
+        socket.client.writeToEngine(parts, options);
+      }
+    }
+  }
+
+  protected localSockets(opts: BroadcastOptions): Socket[] {
+    if (opts.rooms.size === 1 && !opts.except?.size) for (const room of opts.rooms) return this.#inRoom(room);
+    const sockets: Socket[] = [];
+    apply.call(this, opts, (socket) => sockets.push(socket));
+    return sockets;
+  }
+
+  /** What `apply` finds, with nothing made for a room that nobody is in: the most frequent case by far. */
+  #inRoom(room: Room): Socket[] {
+    const sockets: Socket[] = [];
+    const ids = this.rooms.get(room);
+    if (ids)
+      for (const id of ids) {
+        const socket = this.nsp.sockets.get(id);
+        if (socket) sockets.push(socket);
+      }
+    return sockets;
+  }
+
+  /** An acknowledged broadcast of a peer. */
+  protected answerBroadcast(message: Message & { type: "broadcast" }, answer: (value: Answer) => void): void {
+    const { id } = message;
+    const packet: Packet = { type: EVENT, nsp: this.nsp.name, data: eventOf(decode(this.nsp, message.packet).data) };
+    const opts = fromWire(message.opts);
+    const sockets = this.localSockets(opts);
+    super.broadcastWithAck(
+      packet,
+      opts,
+      (count) => answer({ type: "clients", id, count }),
+      (...values: unknown[]) => {
+        const encoded = this.tryEncode({ type: ACK, nsp: this.nsp.name, id: 0, data: values });
+        answer(encoded ? { type: "ack", id, packet: encoded } : { type: "ack", id });
       },
-      heard: () => node.membership.heard(),
-      follow: (rooms) => this.follow(rooms),
-      hasRoom: (room) => this.rooms.has(room),
-      routeTo: (sid) => this.#routeTo(sid),
-      report: (error) => this.reportError(error),
-      write: (socket, parts, offset) => socket.client.writeToEngine(this.#stamp(parts, offset), { preEncoded: true }),
-    };
-    this.#recovery = new Recovery(links, recoveryBytes, maxDisconnectionDuration, requestsTimeout);
-    this.nsp.on?.("connect", this.#onConnect);
+    );
+    // Socket.IO would wait for the answers of these clients until they disconnect. One may be a second late.
+    setTimeout(() => {
+      for (const { acks } of sockets) if (packet.id !== undefined) acks.delete(packet.id);
+    }, message.timeout + 1_000).unref();
   }
 
-  override persistSession(session: SocketSession): void {
-    this.#recovery?.persist(session);
+  /** An event for the servers: of what their listeners answer, the peer takes the first. */
+  protected answerEmit({ id, args }: Message & { type: "emit" }, answer: (value: Answer) => void): void {
+    if (id === undefined) return this.nsp._onServerSideEmit(args);
+    this.nsp._onServerSideEmit([...args, (value: unknown) => answer({ type: "answer", id, value })]);
   }
 
-  /** Rejects where there is no session, which Socket.IO takes for a new client. */
-  override restoreSession(pid: string, offset: string): Promise<Restored> {
-    return this.#recovery?.restore(pid, offset) ?? Promise.reject(new Error("connectionStateRecovery is off"));
+  /** What a peer learns of the matching sockets. */
+  protected answerFetch({ id, opts }: Message & { type: "fetch" }, answer: (value: Answer) => void): void {
+    const details = (socket: Socket) => detailsOf(socket, this.node.settings.maxPayload / 4, this.node.reports.report);
+    this.answerList(id, this.localSockets(fromWire(opts)).map(details), answer);
   }
 
-  override addAll(id: SocketId, rooms: Set<Room>): Promise<void> | void {
-    this.#recovery?.sessions.begin(id);
-    return super.addAll(id, rooms);
-  }
-
-  override delAll(id: SocketId): void {
-    this.#recovery?.left(id);
-    super.delAll(id);
-  }
-
-  protected override get pinned(): ReadonlyMap<Room, unknown> {
-    return this.#recovery?.sessions.pinned ?? NO_ROOMS;
-  }
-
-  /** Never rejects: the adapter closes, whatever becomes of its sessions. */
-  protected async handSessionsOver(): Promise<void> {
-    try {
-      await this.#recovery?.close();
-    } catch (error) {
-      this.reportError(asError(error));
+  /** Answers with a list, in parts of a bounded size. */
+  protected answerList(id: string, list: readonly unknown[], answer: (value: Answer) => void): void {
+    const parts: unknown[][] = [[]];
+    let size = 0;
+    for (const item of list) {
+      const itemSize = lengthOf(item);
+      if (size > 0 && size + itemSize > this.node.settings.maxPayload / 4) {
+        parts.push([]);
+        size = 0;
+      }
+      parts.at(-1)?.push(item);
+      size += itemSize;
     }
-    this.nsp.off?.("connect", this.#onConnect);
+    for (const [i, items] of parts.entries()) answer({ type: "items", id, items, more: i < parts.length - 1 });
   }
 
-  protected async answerRecovery(
-    message: RecoveryMessage,
-    from: string,
-    answer: (value: Answer) => void,
-  ): Promise<void> {
-    const recovery = this.#recovery;
-    let items: unknown[] = [];
+  /** Undefined where the parser does not take it. */
+  protected tryEncode(packet: Packet): Part[] | undefined {
+    const encode = () => this.nsp.server.encoder.encode(packet).map(partOf);
+    return this.#reportThrown("A packet cannot be encoded for other servers", encode);
+  }
+
+  /** What cannot be encoded is left out. */
+  protected answer(to: string, value: Answer): void {
+    const parts = this.#reportThrown("An answer cannot be sent to another server", () => encodeValue(value));
+    const { type, id } = value;
+    this.node.sender.add(this.routes.direct(to), parts ?? encodeValue({ type, id, value: null }));
+  }
+
+  #reportThrown<T>(what: string, encode: () => T): T | undefined {
     try {
-      if (message.type === "find") items = (await recovery?.onFind(message.pid, message.offset)) ?? [];
-      // Answered at once: what is emitted from here on is behind the answer.
-      else if (message.type === "claim") items = recovery?.handover.onClaim(message.pids, message.offset) ?? [];
-      else await recovery?.handover.onOffer(from);
+      return encode();
     } catch (error) {
-      this.reportError(asError(error));
+      this.node.reports.report(new TypeError(`${what}: ${asError(error).message}`));
+      return undefined;
     }
-    this.answerWith(message.id, items, answer);
   }
 
-  /** Packets get an offset each, by which the client says how far it has come. */
-  protected override written(delivery: Delivery): unknown[][] {
-    const { sockets, target, origin, first = 0, packets, decoded } = delivery;
-    const sessions = this.#recovery?.sessions;
-    if (!sessions || decoded?.id !== undefined) return super.written(delivery);
-    if (sockets.length === 0 && !sessions.awaits(target)) return [];
-    const { log } = sessions;
-    const frame = "body" in origin ? origin : undefined;
-    const isKept = frame ? frame.number > 0 : typeof target === "string" || !target.flags?.volatile;
-    let position = isKept && frame ? log.note(frame) + first : log.position;
-    return packets().map((encoded) => {
-      const parts = asParts(encoded);
-      if (isKept) position = frame ? position + 1 : log.add(this.#routeTo(target), parts, origin);
-      return this.#stamp(parts, sessions.wrote(sockets, position));
-    });
+  /** @internal */
+  onConnection(event: "connect" | "disconnect", connection: string): void {
+    queueMicrotask(() => this.emit(event, connection));
   }
 
-  #routeTo(target: string | BroadcastOptions): Destination {
-    return this.routes.packets(typeof target === "string" ? { rooms: new Set([target]) } : target);
-  }
-
-  #stamp(parts: readonly Part[], offset: string): unknown[] {
-    const [text] = parts;
-    if (this.#pastes && typeof text === "string") return [`${text.slice(0, -1)},"${offset}"]`, ...parts.slice(1)];
-    const packet = this.decode([...parts]);
-    return this.nsp.server.encoder.encode({ ...packet, data: [...packet.data, offset] });
+  /** @internal */
+  report(error: Error): boolean {
+    if (this.listenerCount("error") === 0) return false;
+    // A listener that throws breaks nothing that is being done; one that is there once may have gone meanwhile.
+    queueMicrotask(() => this.listenerCount("error") > 0 && this.emit("error", error));
+    return true;
   }
 }
 
@@ -834,9 +679,7 @@ class RecoveringAdapter extends BoundAdapter {
  * One namespace of one server. It emits `error` (an `Error`) for what a user should know, where somebody listens: a lost
  * connection, a refused permission, a message that could not be sent or read.
  */
-export class AmqpAdapter extends RecoveringAdapter implements Tenant {
-  /** Resolves once connected, bound and announced; rejects if the adapter is closed before. */
-  readonly ready: Promise<void>;
+export class AmqpAdapter extends LocalAdapter implements Tenant {
   /** @internal */
   readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
   #closing: Promise<void> | undefined;
@@ -847,9 +690,13 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   /** Made by what `createAdapter()` returns. */
   constructor(nsp: Namespace, node: Node) {
     super(nsp, node);
-    this.ready = this.opened.promise;
     this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
-    this.#replaced = isOurs(nsp.adapter) ? nsp.adapter : undefined;
+    if (this.nsp.adapter?.["socket.io-amqp0"]) this.#replaced = this.nsp.adapter;
+  }
+
+  /** Resolves once connected, bound and announced; rejects if the adapter is closed before. */
+  get ready(): Promise<void> {
+    return this.opened.promise;
   }
 
   get stats(): AdapterStats {
@@ -876,7 +723,7 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   }
 
   override close(): Promise<void> {
-    return (this.#closing ??= this.handSessionsOver().then(() => this.node.leave(this)));
+    return (this.#closing ??= Promise.resolve(this.recovery?.close()).then(() => this.node.leave(this)));
   }
 
   override serverCount(): Promise<number> {
@@ -886,12 +733,12 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
   /** @internal */
   get shared(): Shared {
     const { socketRooms, maxPayload, journal } = this.node.settings;
-    return { socketRooms, maxPayload, "journal.ms": journal.ms, parser: parserName(this.nsp.server.encoder) };
+    return { socketRooms, maxPayload, "journal.ms": journal.ms, parser: this.nsp.server.encoder.constructor.name };
   }
 
   /** The other servers that have this namespace open. */
   get #peers(): string[] {
-    return this.node.membership.serversOf(this.nsp.name);
+    return this.#closing ? [] : this.node.membership.serversOf(this.nsp.name);
   }
 
   override broadcast(packet: Packet, opts: BroadcastOptions): void {
@@ -924,7 +771,8 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
           if (message.type === "clients") peer.count = message.count;
           if (message.type === "ack") {
             peer.acks++;
-            const values = message.packet ? this.decode(message.packet).data : [new Error(UNSENDABLE)];
+            const unsendable = "The client's answer cannot be sent to this server; the other server has reported why";
+            const values = message.packet ? decode(this.nsp, message.packet).data : [new Error(unsendable)];
             queueMicrotask(() => ack(...values)); // deferred as below
           }
           return peer.acks >= peer.count;
@@ -958,13 +806,8 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
     const peers = opts.flags?.local ? [] : this.#peers;
     const send = (id: string) => this.#send({ type: "fetch", id, opts: toWire(opts) });
     const timeout = opts.flags?.timeout ?? this.node.settings.requestsTimeout;
-    const unanswered = await this.node.requests.ask(peers, timeout, send, {
-      take: (message) => {
-        if (message.type !== "items") return false;
-        for (const socket of message.items) sockets.push(socket);
-        return !message.more;
-      },
-    });
+    const take = (list: unknown[]) => list.forEach((socket) => sockets.push(socket));
+    const unanswered = await this.node.requests.ask(peers, timeout, send, takingLists(take));
     if (unanswered > 0)
       throw new Error(`fetchSockets: ${unanswered} of ${peers.length} servers did not answer in time`);
     return sockets;
@@ -996,7 +839,7 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
 
   /** @internal A message of a peer, an emitter or a foreign client. */
   onMessage(message: Message, { sender: from, number }: Origin): void {
-    const answer = (value: Answer) => this.node.sender.add(this.routes.direct(from), this.encodeAnswer(value));
+    const answer = (value: Answer) => this.answer(from, value);
     switch (message.type) {
       case "packet": {
         const packet = { type: EVENT, nsp: this.nsp.name, data: eventOf(message.data) };
@@ -1017,16 +860,40 @@ export class AmqpAdapter extends RecoveringAdapter implements Tenant {
       case "find":
       case "claim":
       case "offer":
-        return void this.answerRecovery(message, from, answer);
+        if (!this.recovery) return this.answerList(message.id, [], answer);
+        return void this.recovery.onMessage(message, from, (list) => this.answerList(message.id, list, answer));
       default:
         this.node.requests.onAnswer(message, from);
     }
   }
 }
 
+const targetOf = ({ kind, head }: Section): Target =>
+  kind === SectionKind.Room ? head : kind === SectionKind.Options ? packetsHead(head) : EVERYONE;
+
+function decode({ server }: OpenNamespace, parts: readonly unknown[]): Packet {
+  const decoder = new server._parser.Decoder({ maxAttachments: Infinity });
+  let packet: Packet | undefined;
+  decoder.on("decoded", (decoded) => (packet = decoded));
+  for (const part of parts) decoder.add(part);
+  decoder.destroy();
+  if (!packet) throw new FrameError(`a packet of ${parts.length} parts that the parser does not understand`);
+  return packet;
+}
+
+type ListTaker = (list: unknown[], from: string, isLast: boolean) => void;
+/** For a question that each peer answers with a list, in parts. */
+const takingLists = (take: ListTaker): Pick<Request, "take"> => ({
+  take: (message, from) => {
+    if (message.type !== "items") return false;
+    take(message.items, from, !message.more);
+    return !message.more;
+  },
+});
+
 /** What a peer learns of a socket, in at most `max` bytes of each part. What cannot be sent is left out, and reported by its key. */
 function detailsOf({ id, handshake, rooms, data }: Socket, max: number, report: (error: Error) => void): unknown {
-  const { sessionStore: _, ...rest } = handshake as { readonly sessionStore?: unknown }; // may hold circular references
+  const { sessionStore: _, ...rest } = handshake; // may hold circular references
   const details = { id, handshake: rest, rooms: [...rooms], data };
   if (lengthOf(details) <= max) return details;
   const left: string[] = [];
@@ -1045,9 +912,6 @@ function detailsOf({ id, handshake, rooms, data }: Socket, max: number, report: 
   return { ...sent, handshake: { headers: {}, query: {}, auth: {}, ...(sent.handshake as object) } };
 }
 
-/** A name for the kind of a server's parser. */
-const parserName = (encoder: object): string => encoder.constructor.name;
-
 /** How many bytes of JSON and binary a value takes; Infinity for one that cannot be encoded. */
 function lengthOf(value: unknown): number {
   try {
@@ -1056,9 +920,6 @@ function lengthOf(value: unknown): number {
     return Infinity;
   }
 }
-
-/** An estimate for a packet that was delivered, for which nothing is encoded. */
-const lengthOfParts = (parts: readonly Part[]): number => parts.reduce((sum, { length }) => sum + length, 256);
 
 /** An event from elsewhere, or a FrameError where the clients' parsers would refuse it and drop their connections. */
 function eventOf(data: unknown[]): unknown[] {
@@ -1109,6 +970,11 @@ interface HandedSession extends SocketSession, Trail {
   readonly gone: number;
   /** For how many ms it waits yet. */
   readonly ms: number;
+}
+/** A session that is on its way: from another server, or to its client. */
+interface ComingSession {
+  readonly pid: string;
+  readonly rooms: Room[];
 }
 interface Session extends Omit<HandedSession, "ms"> {
   /** Until when it waits (ms, monotonic). */
@@ -1191,7 +1057,7 @@ class DeliveryLog {
     while (number >= frames.first && this.#baseOf(number) > position) number--;
     const found: Delivered[] = [];
     for (number = Math.max(number, frames.first); number < frames.next; number++) {
-      const frame = readFrame(frames.get(number) ?? Buffer.alloc(0));
+      const frame = readFrame(frames.get(number)!);
       const reader = new FrameReader(frame);
       for (const section of reader.sections) {
         const to = roomsOf(section);
@@ -1228,7 +1094,7 @@ class DeliveryLog {
   }
 
   #forget(): void {
-    const frame = readFrame(this.#frames.get(this.#frames.first) ?? Buffer.alloc(0));
+    const frame = readFrame(this.#frames.get(this.#frames.first)!);
     const { sections } = new FrameReader(frame);
     for (const [i, section] of sections.entries()) {
       const position = frame.floor + (sections[i + 1]?.first ?? frame.packets);
@@ -1245,13 +1111,12 @@ class DeliveryLog {
 }
 
 /** Who the packets of a section are for; undefined for messages between servers, and where that cannot be read. */
-function roomsOf({ kind, head }: Section): Pick<Delivered, "rooms" | "except"> | undefined {
-  if (kind === SectionKind.Everyone) return { rooms: [], except: [] };
-  if (kind === SectionKind.Room) return { rooms: [head], except: [] };
-  if (kind !== SectionKind.Options) return undefined;
+function roomsOf(section: Section): Pick<Delivered, "rooms" | "except"> | undefined {
+  if (section.kind >= SectionKind.Messages) return undefined;
   try {
-    const { rooms, except } = packetsHead(head);
-    return { rooms: [...rooms], except: [...except] };
+    const target = targetOf(section);
+    if (typeof target === "string") return { rooms: [target], except: [] };
+    return { rooms: [...target.rooms], except: [...(target.except ?? [])] };
   } catch (error) {
     debug("log: %s", asError(error).message); // reported when it was delivered
     return undefined;
@@ -1269,47 +1134,57 @@ class Sessions {
   /** Rooms that stay bound though nobody may be in them, and for how many sessions. */
   readonly pinned: Map<Room, number> = new Map();
   readonly #uid: string;
-  readonly #waiting = new Map<string, Session>();
+  readonly #maxMs: number;
+  readonly #unpinned: (rooms: Room[]) => void;
+  readonly #kept = new Map<string, Session | ComingSession>();
+  /** Sessions whose clients are about to be connected, and what these have presented. */
+  readonly #arriving = new Map<SocketId, ComingSession & { readonly session: Session; readonly offset: string }>();
   /** Of each socket. */
   readonly #trails = new Map<SocketId, Trail>();
 
-  constructor(uid: string, maxBytes: number) {
+  /** `unpinned`: rooms need not stay bound for sessions any more. */
+  constructor(uid: string, maxBytes: number, maxMs: number, unpinned: (rooms: Room[]) => void) {
     this.#uid = uid;
+    this.#maxMs = maxMs;
+    this.#unpinned = unpinned;
     this.log = new DeliveryLog(maxBytes);
   }
 
-  get size(): number {
-    return this.#waiting.size;
-  }
-
   get(pid: string): Session | undefined {
-    const session = this.#waiting.get(pid);
-    return session && session.until > performance.now() ? session : undefined;
+    const session = this.#kept.get(pid);
+    return session && isWaiting(session) && session.until > performance.now() ? session : undefined;
   }
 
   /** A session whose client presents an offset; undefined where that is not known, or what was missed behind it no longer. */
   find(pid: string, offset: string): Session | undefined {
     const session = this.get(pid);
-    const since = session && this.#since(session, offset);
-    return session && since !== undefined && since >= this.#goneFor(session) ? session : undefined;
+    return session && this.#since(session, offset) !== undefined ? session : undefined;
+  }
+
+  /** Whether a session is on its way here, or from here to its client. */
+  isComing(pid: string): boolean {
+    const session = this.#kept.get(pid);
+    return session !== undefined && !isWaiting(session);
   }
 
   /** Sessions that can be handed over together: all that have only been here, or that came here together. */
   get together(): Session[] {
-    const [first] = this.#waiting.values();
-    return [...this.#waiting.values()].filter(({ legacy }) => legacy === first?.legacy);
+    return together([...this.#kept.values()].filter(isWaiting));
   }
 
-  pin(rooms: readonly Room[]): void {
-    for (const room of rooms) this.pinned.set(room, (this.pinned.get(room) ?? 0) + 1);
+  /** From here on the rooms of a session stay bound. */
+  keep(session: Session | ComingSession): void {
+    const before = this.#kept.get(session.pid);
+    this.#kept.set(session.pid, session);
+    for (const room of session.rooms) this.pinned.set(room, (this.pinned.get(room) ?? 0) + 1);
+    if (before) this.#unpin(before.rooms);
   }
 
-  unpin(rooms: readonly Room[]): void {
-    for (const room of rooms) {
-      const count = (this.pinned.get(room) ?? 0) - 1;
-      if (count > 0) this.pinned.set(room, count);
-      else this.pinned.delete(room);
-    }
+  /** The session is not here any more, or does not come; one that has taken its place stays. */
+  drop(session: Session | ComingSession): void {
+    if (this.#kept.get(session.pid) !== session) return;
+    this.#kept.delete(session.pid);
+    this.#unpin(session.rooms);
   }
 
   /** Notes that a packet is written to sockets; gives its offset. */
@@ -1318,82 +1193,80 @@ class Sessions {
       const trail = this.#trails.get(id);
       if (trail) trail.last = position;
     }
-    return this.#offset(position);
+    return `${this.#uid}.${position}`;
   }
 
   /** Whether packets for a room or options are kept though there is no socket for them. */
-  awaits(target: string | BroadcastOptions): boolean {
+  awaits(target: Target): boolean {
     if (this.pinned.size === 0) return false;
     if (typeof target === "string") return this.pinned.has(target);
     return target.rooms.size === 0 || [...target.rooms].some((room) => this.pinned.has(room));
   }
 
-  /** A socket is made. */
-  begin(sid: SocketId): void {
-    const { position } = this.log;
-    if (!this.#trails.has(sid)) this.#trails.set(sid, { base: position, last: position });
+  /** The client of a session that was found is about to be connected. */
+  arrive(session: Session, offset: string): void {
+    const { sid, pid, rooms } = session;
+    const arrival = { pid, rooms, session, offset };
+    this.#arriving.set(sid, arrival);
+    this.keep(arrival);
   }
 
-  /** The socket has gone. */
-  forget(sid: SocketId): void {
+  /** A socket is connected: gives what its client has missed, or undefined where that is not known any more. */
+  connected(sid: SocketId, routeTo: (room: Room) => Destination): Pick<Delivered, "parts" | "position">[] | undefined {
+    const { position } = this.log;
+    const arrival = this.#arriving.get(sid);
+    if (!arrival) {
+      this.#trails.set(sid, { base: position, last: position });
+      return [];
+    }
+    const { session, offset } = arrival;
+    this.#arriving.delete(sid);
+    this.drop(arrival);
+    const since = this.#since(session, offset);
+    if (since === undefined) return undefined;
+    const missed = this.#delivered([session], since).filter((packet) => isFor(session.rooms, packet));
+    const base = session.legacy ? position : since;
+    this.#trails.set(sid, { base, last: base, alias: { offset, position: base } });
+    if (!session.legacy) return missed;
+    const [to, origin] = [routeTo(sid), { sender: this.#uid, number: 0 }];
+    return missed.map(({ parts }) => ({ parts, position: this.log.add(to, parts, origin) }));
+  }
+
+  /** A socket has gone. One that was never connected leaves its session as it found it. */
+  left(sid: SocketId): void {
+    const arrival = this.#arriving.get(sid);
+    if (arrival) this.keep(arrival.session);
+    this.#arriving.delete(sid);
     this.#trails.delete(sid);
   }
 
   /** Whether the client of a connected socket may present an offset, and whether it has presented it before. */
   knows(sid: SocketId, offset: string): "old" | "new" | undefined {
     const trail = this.#trails.get(sid);
-    if (!trail || this.#positionOf(offset, { owner: this.#uid, ...trail }) === undefined) return undefined;
+    if (!trail || positionOf(offset, { owner: this.#uid, ...trail }) === undefined) return undefined;
     return offset === trail.alias?.offset ? "old" : "new";
   }
 
   /** A client is lost. */
-  persist(session: SocketSession, ms: number): void {
+  persist(session: SocketSession): void {
     const trail = this.#trails.get(session.sid);
-    if (trail) this.put({ ...session, ...this.#owned(trail, this.log.position), until: performance.now() + ms });
-  }
-
-  put(session: Session): void {
-    this.unpin(this.#waiting.get(session.pid)?.rooms ?? []);
-    this.#waiting.set(session.pid, session);
-    this.pin(session.rooms);
+    const own = { owner: this.#uid, lostAt: this.log.position, gone: 0, until: performance.now() + this.#maxMs };
+    if (trail) this.keep({ ...session, ...trail, ...own });
   }
 
   /**
-   * The client of a session is back, and the session is one of this server from here on. Gives the position in the log behind
-   * which the packets that the client has missed stand. Its rooms stay pinned.
+   * Gives sessions away, as far as they can be handed over together, with what their clients have missed behind an offset, or
+   * behind whatever they may present.
    */
-  renew(session: Session, offset: string, to: Destination): [Session, number] {
-    this.#waiting.delete(session.pid);
-    const { legacy, ...own } = session;
-    const since = this.#since(session, offset) ?? 0;
-    const base = legacy ? this.log.position : since;
-    if (legacy) {
-      const missed = this.#delivered([session], since).filter((packet) => isFor(session.rooms, packet));
-      for (const { parts } of missed) this.log.add(to, parts, { sender: this.#uid, number: 0 });
-    }
-    const trail = { base, last: base, alias: { offset, position: base } };
-    this.#trails.set(session.sid, trail);
-    return [{ ...own, ...this.#owned(trail, base) }, base];
-  }
-
-  /** What a session of this server has missed behind a position; undefined where that is not known any more. */
-  missed({ rooms }: Session, since: number): Delivered[] | undefined {
-    if (since < this.log.gone(rooms)) return undefined;
-    return this.log.after(since, new Set(rooms)).filter((packet) => isFor(rooms, packet));
-  }
-
-  /**
-   * Gives sessions away that can be handed over together, with what their clients have missed behind an offset, or behind
-   * whatever they may present. Their rooms stay pinned.
-   */
-  release(sessions: readonly Session[], offset: string | undefined): (HandedSession | Delivered)[] {
+  release(pids: readonly string[], offset: string | undefined): (HandedSession | Delivered)[] {
+    const sessions = together(pids.flatMap((pid) => this.get(pid) ?? []));
     const now = performance.now();
     let since = LAST;
     const handed = sessions.flatMap((session) => {
       const { legacy: _, until, ...rest } = session;
       const gone = this.#goneFor(session);
       const position = offset === undefined ? session.base : this.#since(session, offset);
-      this.#waiting.delete(session.pid);
+      this.drop(session);
       if (position === undefined || gone === LAST) return [];
       since = Math.min(since, position);
       return [{ ...rest, gone, ms: until - now }];
@@ -1403,16 +1276,22 @@ class Sessions {
 
   /** Sessions that another server has released wait here from now on. */
   inherit(sessions: readonly HandedSession[], legacy: Legacy): void {
-    for (const { ms, ...session } of sessions) this.put({ ...session, until: performance.now() + ms, legacy });
+    for (const { ms, ...session } of sessions) this.keep({ ...session, until: performance.now() + ms, legacy });
   }
 
-  /** Gives the sessions whose time is over. */
-  expire(ms: number, isUsed: (room: Room) => boolean): Session[] {
+  /** Forgets sessions whose time is over, and what nobody can have missed any more. */
+  expire(isUsed: (room: Room) => boolean): void {
     const now = performance.now();
-    this.log.expire(now - ms, (room) => isUsed(room) || this.pinned.has(room));
-    const over = [...this.#waiting.values()].filter(({ until }) => until < now);
-    for (const { pid } of over) this.#waiting.delete(pid);
-    return over;
+    // A connection may have been dead for a minute before its client is known to be lost.
+    this.log.expire(now - this.#maxMs - 60_000, (room) => isUsed(room) || this.pinned.has(room));
+    for (const session of this.#kept.values()) if (isWaiting(session) && session.until < now) this.drop(session);
+  }
+
+  #unpin(rooms: readonly Room[]): void {
+    for (const room of rooms) this.pinned.set(room, (this.pinned.get(room) ?? 0) - 1);
+    const free = rooms.filter((room) => this.pinned.get(room) === 0);
+    for (const room of free) this.pinned.delete(room);
+    if (free.length > 0) this.#unpinned(free);
   }
 
   /** What was delivered for sessions that came together, behind a position of their owner. */
@@ -1434,149 +1313,120 @@ class Sessions {
     return legacy.begin < latest ? LAST : gone;
   }
 
-  /** Behind which position a client's missed packets are, by the offset that it presents. */
+  /** Behind which position a client's missed packets are, by the offset that it presents; undefined where they are not known. */
   #since(session: Session, offset: string): number | undefined {
-    const position = this.#positionOf(offset, session);
+    const position = positionOf(offset, session);
     // Who has all that was written to it has missed nothing before it was lost, however long ago that was.
-    return position === session.last ? session.lostAt : position;
-  }
-
-  /** An offset of this server is its name and a position. */
-  #offset(position: number): string {
-    return `${this.#uid}.${position}`;
-  }
-
-  /** What makes a session one of this server, whose client is lost at a position. */
-  #owned(trail: Trail, lostAt: number) {
-    return { ...trail, owner: this.#uid, lostAt, gone: 0 };
-  }
-
-  /** What an offset stands for that the client may have; undefined for any other. */
-  #positionOf(offset: string, { owner, base, last, alias }: Trail & { owner: string }): number | undefined {
-    if (offset === alias?.offset) return alias.position;
-    const [uid, digits = ""] = offset.split(".");
-    if (uid !== owner || !/^\d{1,15}$/.test(digits)) return undefined;
-    const position = Number(digits);
-    return position >= base && position <= last ? position : undefined;
+    const since = position === session.last ? session.lostAt : position;
+    return since !== undefined && since >= this.#goneFor(session) ? since : undefined;
   }
 }
 
-interface RecoveryLinks {
-  readonly uid: string;
-  /** The other servers that have the namespace open; none while the broker is away. */
-  peers(): string[];
-  /** Asks servers. Each answers with a list, in parts. */
-  ask(
-    peers: string[],
-    until: number,
-    question: Question,
-    take: (list: unknown[], from: string, isLast: boolean) => void,
-  ): Promise<unknown>;
-  /** The number of the last frame that came of each peer; undefined while some may be missing. */
-  heard(): Record<string, number> | undefined;
-  /** Binds or unbinds rooms as they are wanted; resolves when all that are wanted are live. */
-  follow(rooms: readonly Room[]): Promise<void> | void;
-  /** The sockets that are connected. */
-  readonly sockets: ReadonlyMap<SocketId, Socket>;
-  /** Whether a socket of this server is in a room. */
-  hasRoom(room: Room): boolean;
-  /** The destination of packets for one socket. */
-  routeTo(sid: SocketId): Destination;
-  /** What a user should know. */
-  report(error: Error): void;
-  /** Writes a packet to a socket, with its offset. */
-  write(socket: Socket, parts: readonly Part[], offset: string): void;
+const isWaiting = (session: Session | ComingSession): session is Session => "until" in session;
+
+/** Those of these sessions that can be handed over together with the first one. */
+const together = (sessions: readonly Session[]): Session[] =>
+  sessions.filter(({ legacy }) => legacy === sessions[0]?.legacy);
+
+/** What an offset, an owner's name and a position, stands for that the client may have; undefined for any other. */
+function positionOf(offset: string, { owner, base, last, alias }: Trail & { owner: string }): number | undefined {
+  if (offset === alias?.offset) return alias.position;
+  const [uid, digits = ""] = offset.split(".");
+  if (uid !== owner || !/^\d{1,15}$/.test(digits)) return undefined;
+  const position = Number(digits);
+  return position >= base && position <= last ? position : undefined;
 }
 
 type RecoveryMessage = Extract<Message, { type: "find" | "claim" | "offer" }>;
-type Question = RecoveryMessage extends infer M ? (M extends RecoveryMessage ? Omit<M, "id"> : never) : never;
-/** A session that waits on the server that says so, or is on its way to it. */
-type Found = { readonly pid: string; readonly rooms: Room[] } | { readonly isMoving: true };
-/** The first entry of an answer to a claim: of each peer, the number of the last frame that is in it. Without it the server is not ready. */
-interface Heard {
-  readonly heard: Record<string, number>;
+/** Which client is lost, and what it presents where it comes back; nothing where all are meant. */
+interface LostClient {
+  readonly pid?: string;
+  readonly offset?: string;
 }
+/** A session that waits on the server that says so, or is on its way. */
+type Found = ComingSession | { readonly isMoving: true };
+/** The first entry of an answer to a claim: of each peer, the number of the last frame that is in it. Without it the server is not ready. */
+type Heard = { readonly heard: Record<string, number> };
 
 /** How long until a server is asked again that is not ready to hand a session over, in ms. */
 const ASK_LATER = 20;
 
+/** Binds or unbinds rooms as they are wanted; resolves when all that are wanted are live. */
+type Follow = (rooms: Iterable<Room>) => Promise<void> | void;
+
 /** Hands sessions over to other servers, and takes them over. */
 class Handover {
-  /** When this server began to close. */
+  /** Whether this server closes. */
   isClosing = false;
-  readonly #links: RecoveryLinks;
+  readonly #node: Node;
+  readonly #nsp: string;
   readonly #sessions: Sessions;
-  readonly #timeoutMs: number;
-  /** Sessions that are on their way here. */
-  readonly #moving = new Set<string>();
+  readonly #follow: Follow;
+  /** How many times sessions are just being taken over. */
+  #takingOver = 0;
 
-  constructor(links: RecoveryLinks, sessions: Sessions, timeoutMs: number) {
-    this.#links = links;
+  constructor(node: Node, nsp: string, sessions: Sessions, follow: Follow) {
+    this.#node = node;
+    this.#nsp = nsp;
     this.#sessions = sessions;
-    this.#timeoutMs = timeoutMs;
+    this.#follow = follow;
   }
 
   /** Takes a session over from the server that lost the client, or from any other; resolves with whether it is on its way. */
   async fetch(pid: string, offset: string, until: number): Promise<boolean> {
-    if (this.#moving.has(pid)) return true;
+    if (this.#sessions.isComing(pid)) return true;
     const [owner] = offset.split(".");
-    const peers = this.#links.peers();
+    const peers = this.#peers();
     for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
       if (this.isClosing || this.#sessions.get(pid)) break;
-      if (await this.#takeOver(asked, { type: "find", pid, offset }, until)) return true;
+      if (await this.#takeOver(asked, { pid, offset }, until)) return true;
     }
-    return false;
+    return this.#sessions.isComing(pid);
   }
 
-  /** Which of these sessions a peer may claim. */
-  onFind(pid: string | undefined, sessions: readonly Session[]): Found[] {
-    if (pid !== undefined && this.#moving.has(pid)) return [{ isMoving: true }];
+  /** A peer asks for the session of a client that has come to it, or for all: gives those that it may claim together. */
+  onFind({ pid, offset = "" }: LostClient): Found[] {
+    if (pid !== undefined && this.#sessions.isComing(pid)) return [{ isMoving: true }];
+    const sessions = pid === undefined ? this.#sessions.together : [this.#sessions.find(pid, offset) ?? []].flat();
     return sessions.flatMap(({ pid, sid, rooms, data }) => {
       if (lengthOf(data) < Infinity) return [{ pid, rooms }];
-      this.#links.report(new TypeError(`The data of socket ${sid} cannot be sent to the server it came back to`));
+      const message = `The data of socket ${sid} cannot be sent to the server it came back to`;
+      this.#node.reports.report(new TypeError(message));
       return [];
     });
   }
 
   /** A peer claims sessions: they are its own from here on, and all that is delivered later comes to it. */
   onClaim(pids: readonly string[], offset: string | undefined): (Heard | HandedSession | Delivered)[] {
-    const heard = this.#links.heard();
-    if (!heard) return [];
-    const found = pids.flatMap((pid) => this.#sessions.get(pid) ?? []);
-    const sessions = found.filter(({ legacy }) => legacy === found[0]?.legacy);
-    const released = this.#sessions.release(sessions, offset);
-    this.unpin(sessions);
-    return [{ heard }, ...released];
+    const heard = this.#node.membership.heard();
+    return heard ? [{ heard }, ...this.#sessions.release(pids, offset)] : [];
   }
 
   /** A peer closes: its sessions wait here from now on. */
   async onOffer(from: string): Promise<void> {
-    if (!this.isClosing) await this.#takeOver([from], { type: "find" }, performance.now() + this.#timeoutMs);
+    if (!this.isClosing) await this.#takeOver([from], {}, this.#timeout());
   }
 
   /** Hands all sessions over to other servers, as far as that takes no longer than `requestsTimeout`. */
   async close(): Promise<void> {
     this.isClosing = true;
-    const until = performance.now() + this.#timeoutMs;
+    const until = this.#timeout();
     const refusing = new Set<string>();
-    while (this.#sessions.size + this.#moving.size > 0 && performance.now() < until) {
+    while (performance.now() < until) {
       const [session] = this.#sessions.together;
-      const peer = this.#links.peers().find((uid) => !refusing.has(uid));
-      if (!session) {
-        await Bun.sleep(ASK_LATER); // some are on their way here
-        continue;
-      }
-      if (!peer) break; // there is no other server, or all close as well
-      await this.#links.ask([peer], until, { type: "offer" }, () => {});
-      if (this.#sessions.get(session.pid) === session) refusing.add(peer);
+      const peer = this.#peers().find((uid) => !refusing.has(uid));
+      if (session && peer) {
+        await this.#ask(
+          [peer],
+          until,
+          (id) => ({ type: "offer", id }),
+          () => {},
+        );
+        if (this.#sessions.get(session.pid) === session) refusing.add(peer);
+      } else if (session || this.#takingOver === 0)
+        break; // there is no other server, or all close as well; or nothing is left
+      else await Bun.sleep(ASK_LATER); // some are on their way here
     }
-  }
-
-  /** The rooms of sessions need not stay bound for them any more. */
-  unpin(sessions: readonly { readonly rooms: Room[] }[]): void {
-    const rooms = sessions.flatMap((session) => session.rooms);
-    this.#sessions.unpin(rooms);
-    void this.#links.follow(rooms);
   }
 
   /**
@@ -1585,28 +1435,32 @@ class Handover {
    * before the answer if it is in it, and what this server has emitted is in the answer if that was before the claim. Of all
    * others' frames the answer tells up to which number they are in it.
    */
-  async #takeOver(peers: string[], question: Question & { type: "find" }, until: number): Promise<boolean> {
-    const { ask, follow } = this.#links;
+  async #takeOver(peers: string[], lost: LostClient, until: number): Promise<boolean> {
     const { log } = this.#sessions;
     const found: (Found & { from: string })[] = [];
-    await ask(peers, until, question, (list, from) =>
-      found.push(...list.filter(isFound).map((item) => ({ ...item, from }))),
+    await this.#ask(
+      peers,
+      until,
+      (id) => ({ type: "find", id, ...lost }),
+      (list, from) => {
+        for (const item of list) if (isFound(item)) found.push({ ...item, from });
+      },
     );
     const sessions = found.filter((item) => "pid" in item);
     const [first] = sessions;
     if (!first) return found.length > 0;
     const { from } = first;
     const pids = sessions.map(({ pid }) => pid);
-    const rooms = sessions.flatMap((session) => session.rooms);
     const begin = log.position;
-    for (const pid of pids) this.#moving.add(pid);
-    this.#sessions.pin(rooms);
-    await within(until - performance.now(), Promise.resolve(follow(rooms)));
-    for (let isTaken = false; !isTaken && performance.now() < until && this.#links.peers().includes(from);) {
+    this.#takingOver++;
+    for (const session of sessions) this.#sessions.keep(session);
+    const live = this.#follow(sessions.flatMap(({ rooms }) => rooms));
+    await within(until - performance.now(), Promise.resolve(live));
+    for (let isTaken = false; !isTaken && performance.now() < until && this.#peers().includes(from);) {
       const items: unknown[] = [];
       const claimedAt = log.position;
-      const { offset } = question;
-      await ask([from], until, { type: "claim", pids, ...(offset !== undefined && { offset }) }, (list, _, isLast) => {
+      const claim = (id: string): Message => ({ type: "claim", id, pids, offset: lost.offset });
+      await this.#ask([from], until, claim, (list, _, isLast) => {
         items.push(...list);
         const { heard } = items.find(isHeard) ?? {};
         if (!isLast || !heard) return;
@@ -1621,109 +1475,131 @@ class Handover {
       });
       if (!isTaken) await Bun.sleep(ASK_LATER);
     }
-    for (const pid of pids) this.#moving.delete(pid);
-    this.unpin(sessions);
+    for (const session of sessions) this.#sessions.drop(session);
+    this.#takingOver--;
     return false;
+  }
+
+  /** The other servers that have the namespace open; none while the broker is away. */
+  #peers(): string[] {
+    return this.#node.upSince === undefined ? [] : this.#node.membership.serversOf(this.#nsp);
+  }
+
+  #timeout(): number {
+    return performance.now() + this.#node.settings.requestsTimeout;
+  }
+
+  /** Asks servers, each of which answers with a list, in parts. */
+  #ask(peers: string[], until: number, question: (id: string) => Message, take: ListTaker): Promise<unknown> {
+    const send = (id: string) => this.#node.sendTo(peers, this.#nsp, question(id));
+    return this.#node.requests.ask(peers, Math.max(until - performance.now(), 0), send, takingLists(take));
   }
 }
 
-/** A session whose client is about to be connected, and the position behind which what it has missed stands in the log. */
-type Arrival = readonly [session: Session, since: number];
-
-/** How long the client of a connection has to answer a ping, in ms. */
-const PONG = 300;
-/** How long before a client is known to be lost its connection may have been dead, in ms. */
-const NOTICE = 60_000;
-
-/** Finds the session of a client that comes back, and gives it what it has missed until it is connected. */
+/** Finds the session of a client that comes back, gives it what it has missed, and says in each packet how far it has come. */
 class Recovery {
   readonly sessions: Sessions;
-  readonly handover: Handover;
-  readonly #links: RecoveryLinks;
-  readonly #maxMs: number;
-  readonly #timeoutMs: number;
-  readonly #arrivals = new Map<SocketId, Arrival>();
+  readonly #handover: Handover;
+  readonly #node: Node;
+  readonly #nsp: OpenNamespace;
+  readonly #routes: Routes;
+  /** Whether an offset can be pasted into the text of an encoded packet: not with another parser than the default one. */
+  readonly #pastes: boolean;
   /** The sockets that are connected, by their private id. */
   readonly #sockets = new Map<string, Socket>();
   readonly #sweep: Timeout;
 
-  constructor(links: RecoveryLinks, maxBytes: number, maxMs: number, timeoutMs: number) {
-    this.#links = links;
-    this.#maxMs = maxMs;
-    this.#timeoutMs = timeoutMs;
-    this.sessions = new Sessions(links.uid, maxBytes);
-    this.handover = new Handover(links, this.sessions, timeoutMs);
-    this.#sweep = setInterval(
-      () => this.handover.unpin(this.sessions.expire(maxMs + NOTICE, (room) => links.hasRoom(room))),
-      1_000,
-    );
+  constructor(node: Node, nsp: OpenNamespace, maxMs: number, rooms: ReadonlyMap<Room, unknown>, follow: Follow) {
+    this.#node = node;
+    this.#nsp = nsp;
+    this.#routes = node.routes(nsp.name);
+    this.#pastes = nsp.server.encoder.encode({ type: EVENT, nsp: "/", data: ["name"] }).join() === '2["name"]';
+    this.sessions = new Sessions(node.uid, node.settings.recoveryBytes, maxMs, (rooms) => void follow(rooms));
+    this.#handover = new Handover(node, nsp.name, this.sessions, follow);
+    this.#sweep = setInterval(() => this.sessions.expire((room) => rooms.has(room)), 1_000);
     this.#sweep.unref();
-  }
-
-  persist(session: SocketSession): void {
-    this.sessions.persist(session, this.#maxMs);
+    nsp.prependListener("connect", this.#onConnect);
   }
 
   /** The session of a client that comes back. Rejects where none waits, or what was missed is not known any more. */
   async restore(pid: string, offset: string): Promise<Restored> {
-    const until = performance.now() + this.#timeoutMs;
-    let isMoving: boolean;
+    const until = performance.now() + this.#node.settings.requestsTimeout;
+    let isComing: boolean;
     do {
       await this.#closeOld(pid, offset);
-      let found = this.sessions.find(pid, offset);
-      isMoving = !found && (await this.handover.fetch(pid, offset, until));
-      // Its socket may be on the way to being connected, and have lost its connection again.
-      isMoving ||= this.#arrivals.values().some(([session]) => session.pid === pid);
-      found ??= this.sessions.find(pid, offset);
-      if (found && !this.handover.isClosing) return this.#arrive(found, offset);
-      if (isMoving) await Bun.sleep(ASK_LATER);
-    } while (isMoving && performance.now() < until);
+      isComing = !this.sessions.find(pid, offset) && (await this.#handover.fetch(pid, offset, until));
+      const session = this.sessions.find(pid, offset);
+      if (session && !this.#handover.isClosing) {
+        this.sessions.arrive(session, offset);
+        return { sid: session.sid, pid, rooms: session.rooms, data: session.data, missedPackets: [] };
+      }
+      if (isComing) await Bun.sleep(ASK_LATER);
+    } while (isComing && performance.now() < until);
     // A server that closes keeps the client waiting: when its connection ends, it finds its session on another one.
-    if (this.handover.isClosing) return new Promise(() => {});
+    if (this.#handover.isClosing) return new Promise(() => {});
     throw new Error("No such session waits here or elsewhere");
   }
 
-  /** A peer asks for the session of a client that has come to it, or for as many as can be handed over together. */
-  async onFind(pid: string | undefined, offset = ""): Promise<Found[]> {
-    if (pid === undefined) return this.handover.onFind(pid, this.sessions.together);
-    await this.#closeOld(pid, offset);
-    const session = this.sessions.find(pid, offset);
-    return this.handover.onFind(pid, session ? [session] : []);
+  /** A socket has gone. */
+  left(sid: SocketId): void {
+    this.#sockets.delete(this.#nsp.sockets.get(sid)?.pid ?? "");
+    this.sessions.left(sid);
+  }
+
+  async onMessage(message: RecoveryMessage, from: string, answer: (list: unknown[]) => void): Promise<void> {
+    let list: unknown[] = [];
+    try {
+      if (message.type === "find") {
+        await this.#closeOld(message.pid ?? "", message.offset ?? "");
+        list = this.#handover.onFind(message);
+        // Answered at once: what is emitted from here on is behind the answer.
+      } else if (message.type === "claim") list = this.#handover.onClaim(message.pids, message.offset);
+      else await this.#handover.onOffer(from);
+    } catch (error) {
+      this.#node.reports.report(asError(error));
+    }
+    answer(list);
+  }
+
+  /** The packets of a delivery, each with an offset, by which the client says how far it has come. */
+  written({ sockets, target, origin, first = 0, packets, decoded }: Delivery): unknown[][] {
+    if (sockets.length === 0 && !this.sessions.awaits(target)) return [];
+    if (decoded?.id !== undefined) return packets();
+    const { log } = this.sessions;
+    const frame = "body" in origin ? origin : undefined;
+    const isKept = frame ? frame.number > 0 : typeof target === "string" || !target.flags?.volatile;
+    let position = isKept && frame ? log.note(frame) + first : log.position;
+    return packets().map((encoded) => {
+      const parts = asParts(encoded);
+      if (isKept) position = frame ? position + 1 : log.add(this.#routeTo(target), parts, origin);
+      return this.#stamp(parts, this.sessions.wrote(sockets, position));
+    });
+  }
+
+  /** Never rejects: the adapter closes, whatever becomes of its sessions. */
+  async close(): Promise<void> {
+    try {
+      await this.#handover.close();
+    } catch (error) {
+      this.#node.reports.report(asError(error));
+    }
+    clearInterval(this.#sweep);
+    this.#nsp.off("connect", this.#onConnect);
   }
 
   /**
    * A socket is connected, and gets what it has missed. Socket.IO would send that before the answer to CONNECT: a client that
    * loses its connection between the two keeps it, and gets it twice.
    */
-  connected(socket: Socket): void {
+  readonly #onConnect = (socket: Socket): void => {
     if (socket.pid !== undefined) this.#sockets.set(socket.pid, socket);
-    const [session, since = 0] = this.#arrivals.get(socket.id) ?? [];
-    if (!session) return;
-    const missed = this.sessions.missed(session, since);
+    const missed = this.sessions.connected(socket.id, (room) => this.#routeTo(room));
     if (!missed) return socket.client.conn.close(); // middlewares took too long: it begins anew
-    this.#arrivals.delete(socket.id);
-    for (const { parts, position } of missed) this.#links.write(socket, parts, this.sessions.wrote([socket], position));
-    this.handover.unpin([session]);
-  }
-
-  /** A socket has gone. One that was never connected leaves its session as it found it. */
-  left(sid: SocketId): void {
-    const [session] = this.#arrivals.get(sid) ?? [];
-    this.#arrivals.delete(sid);
-    this.#sockets.delete(this.#links.sockets.get(sid)?.pid ?? "");
-    this.sessions.forget(sid);
-    if (!session) return;
-    this.sessions.put(session);
-    this.handover.unpin([session]);
-  }
-
-  async close(): Promise<void> {
-    try {
-      await this.handover.close();
-    } finally {
-      clearInterval(this.#sweep);
+    for (const { parts, position } of missed) {
+      const stamped = this.#stamp(parts, this.sessions.wrote([socket], position));
+      socket.client.writeToEngine(stamped, { preEncoded: true });
     }
-  }
+  };
 
   /**
    * A client that comes back before its loss was noticed still has a connection here, which is closed. One that has presented
@@ -1737,17 +1613,22 @@ class Recovery {
     socket.client.conn.close();
   }
 
-  #arrive(session: Session, offset: string): Restored {
-    const { sid, pid, rooms, data } = session;
-    this.#arrivals.set(sid, this.sessions.renew(session, offset, this.#links.routeTo(sid)));
-    return { sid, pid, rooms, data, missedPackets: [] };
+  #routeTo(target: Target): Destination {
+    return this.#routes.packets(typeof target === "string" ? { rooms: new Set([target]) } : target);
+  }
+
+  #stamp(parts: readonly Part[], offset: string): unknown[] {
+    const [text] = parts;
+    if (this.#pastes && typeof text === "string") return [`${text.slice(0, -1)},"${offset}"]`, ...parts.slice(1)];
+    const packet = decode(this.#nsp, parts);
+    return this.#nsp.server.encoder.encode({ ...packet, data: [...packet.data, offset] });
   }
 }
 
-/** Whether the other end of a connection answers. */
+/** Whether the client of a connection answers a ping within 300 ms. */
 function answersPing(conn: Connected): Promise<boolean> {
   const { promise, resolve } = Promise.withResolvers<boolean>();
-  const timer = setTimeout(() => resolve(false), PONG);
+  const timer = setTimeout(() => resolve(false), 300);
   conn.once("heartbeat", () => resolve(true));
   conn.once("close", () => resolve(false));
   conn.sendPacket("ping");
@@ -1768,28 +1649,24 @@ const isHeard = (item: unknown): item is Heard => isRecord(item) && isRecord(ite
 export type EventMap<T> = { [K in keyof T]: (...args: never[]) => void };
 type AnyEvents = Record<string, (...args: unknown[]) => void>;
 type Rooms = Room | Room[];
-type EmitterSettings = Required<Pick<EmitterOptions, "closeTimeout">> & {
-  /** Of the servers' parser, if it is not the default one. */
-  readonly encoder?: InstanceType<Parser["Encoder"]> | undefined;
-};
-const EMITTER_CLOSE_TIMEOUT = 30_000;
 
 /** Made by `createEmitter()`. `of()`, `to()`, `except()` and the flags return a new one; all share the connections. */
 export class Emitter<Events extends EventMap<Events> = AnyEvents> {
   readonly #node: Node;
-  readonly #settings: EmitterSettings;
+  /** Of the servers' parser, if it is not the default one. */
+  readonly #encoder: Encoder | undefined;
   readonly #routes: Routes;
   readonly #opts: Required<BroadcastOptions>;
 
   /** Made by `createEmitter()`. */
   constructor(
     node: Node,
-    settings: EmitterSettings,
+    encoder: Encoder | undefined,
     routes: Routes = node.routes("/"),
     opts: Required<BroadcastOptions> = { rooms: new Set(), except: new Set(), flags: {} },
   ) {
     this.#node = node;
-    this.#settings = settings;
+    this.#encoder = encoder;
     this.#routes = routes;
     this.#opts = opts;
   }
@@ -1802,7 +1679,7 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
   /** An emitter for another namespace. */
   of(nsp: string): Emitter<Events> {
     const name = nsp.startsWith("/") ? nsp : `/${nsp}`;
-    return new Emitter<Events>(this.#node, this.#settings, this.#node.routes(name));
+    return new Emitter<Events>(this.#node, this.#encoder, this.#node.routes(name));
   }
 
   /** Adds rooms; a client in several of them gets the packet once. */
@@ -1836,10 +1713,10 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
    */
   emit<Name extends keyof Events & string>(name: Name, ...args: Parameters<Events[Name]>): true {
     if (RESERVED_EVENTS.has(name)) throw new Error(`"${name}" is a reserved event name`);
-    const { encoder } = this.#settings;
     const data = [name, ...args];
-    if (!encoder) return this.#send({ type: "packet", opts: toWire(this.#opts), data });
-    return this.#add(this.#routes.packets(this.#opts), encoder.encode({ type: EVENT, nsp: this.#routes.nsp, data }));
+    const parts = this.#encoder?.encode({ type: EVENT, nsp: this.#routes.nsp, data });
+    if (parts) return this.#add(this.#routes.packets(this.#opts), parts);
+    return this.#send({ type: "packet", opts: toWire(this.#opts), data });
   }
 
   socketsJoin(rooms: Rooms): void {
@@ -1868,11 +1745,11 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
    * `closeTimeout`. Closes the connections, which all emitters derived from the same one share.
    */
   async close(): Promise<void> {
-    await this.#node.close(this.#settings.closeTimeout);
+    await this.#node.close(this.#node.settings.closeTimeout);
   }
 
   #with(opts: Partial<Required<BroadcastOptions>>): Emitter<Events> {
-    return new Emitter<Events>(this.#node, this.#settings, this.#routes, { ...this.#opts, ...opts });
+    return new Emitter<Events>(this.#node, this.#encoder, this.#routes, { ...this.#opts, ...opts });
   }
 
   #send(message: Message): true {
@@ -2369,6 +2246,7 @@ class Sender {
     const left = this.publisher.unconfirmedPackets;
     const bye = this.tell(ALL_SERVERS, { type: "bye", number: this.publisher.number });
     if (left === 0) await within(CLOSE_PATIENCE, bye);
+    this.publisher.down(); // nothing is said behind a goodbye
     clearTimeout(this.#flushing);
     this.tick();
     return left;
@@ -2547,9 +2425,12 @@ class Receiver {
   /** An event from any AMQP client: the routing keys, or the room's exchange, name the rooms. */
   #onForeign(content: Buffer, { exchange, routingKey }: ConsumeMessage["fields"], cc: unknown): void {
     const { names, tenants } = this.#context;
-    const data = parseJson(content.toString());
-    if (!isList(data) || typeof data[0] !== "string")
-      throw new FrameError("JSON; expected an array that begins with a string");
+    const text = content.toString();
+    // Before it is parsed: a few thousand nested brackets would take milliseconds.
+    if (!/^\s*\[\s*"/.test(text))
+      throw new FrameError(`${JSON.stringify(text.slice(0, 20))}; expected an array that begins with a string`);
+    const data = parseJson(text);
+    if (!isList(data)) throw new FrameError("application/json that is no array");
     const isRoomExchange = exchange !== names.main && exchange !== names.keys;
     const keys = isRoomExchange
       ? (this.#topology?.bindings.viaExchange() ?? []).filter((key) => names.roomExchange(key) === exchange)
@@ -2852,7 +2733,6 @@ interface StreamEvents<F> {
   deliver(frame: F): void;
   /** A frame was delivered that was missed before, or held while another was. */
   replayed(): void;
-  /** A frame came a second time. */
   duplicate(): void;
   /** Frames that did not come, and that the peer no longer has. */
   lost(frames: number): void;
@@ -3633,7 +3513,6 @@ class Bindings {
   readonly bound = new Map<string, Way>([[EVERYTHING, "key"]]);
   /** Adapters by the name of their namespace. */
   readonly #owners: ReadonlyMap<string, RoomOwner>;
-  /** Whether rooms get exchanges of their own. */
   #mayHaveExchanges: boolean;
   /** Since when the queue has got what is published under a key, by its digest (ms, monotonic). */
   readonly #gotSince: Map<number, number>;
@@ -4223,7 +4102,6 @@ interface Frame {
   /** 0 for one that is volatile. */
   readonly number: number;
   readonly floor: number;
-  /** How many packets are in it. */
   readonly packets: number;
   readonly body: Buffer;
 }
@@ -4437,8 +4315,8 @@ type Message =
   | { type: "emit"; id?: string | undefined; args: unknown[] }
   | { type: "fetch"; id: string; opts: WireOptions }
   /** Of sessions: asks for one, or for all; takes them over; offers its own. */
-  | { type: "find"; id: string; pid?: string; offset?: string }
-  | { type: "claim"; id: string; pids: string[]; offset?: string }
+  | ({ type: "find"; id: string } & LostClient)
+  | { type: "claim"; id: string; pids: string[]; offset?: string | undefined }
   | { type: "offer"; id: string }
   /** The event is encoded by the sender's parser. */
   | { type: "broadcast"; id: string; opts: WireOptions; timeout: number; packet: Part[] }
