@@ -2932,7 +2932,7 @@ class Batcher {
     this.#packets.push({ to, parts, bytes, at });
     this.bytes += bytes;
     let dropped = 0;
-    while (this.bytes > this.#maxBytes) dropped += Number(!this.#shift()?.to.volatile);
+    while (this.bytes > this.#maxBytes) for (const { to } of this.#shift(1)) dropped += Number(!to.volatile);
     return dropped;
   }
 
@@ -2960,25 +2960,22 @@ class Batcher {
   next(): { to: Destination; packets: Waiting[]; keys: readonly string[] } | undefined {
     const to = this.#packets[this.#start]?.to;
     if (!to) return undefined;
-    const packets: Waiting[] = [];
     const keys = new Set(to.keys);
     const maxKeys = this.#maxKeys(to.nsp);
+    let count = 0;
     let content = 0;
     let previous = to;
     let isMixed = false;
-    for (let packet = this.#packets[this.#start]; packet; packet = this.#packets[this.#start]) {
+    for (let packet = this.#packets[this.#start]; packet; packet = this.#packets[this.#start + ++count]) {
       content += packet.bytes - WAITING_OVERHEAD;
-      if (content > this.#frameSize && packets.length > 0) break;
-      if (!isSame(packet.to, previous)) {
-        previous = packet.to;
-        if (!mayShare(previous, to) || keys.size + previous.keys.length > maxKeys) break;
-        for (const key of previous.keys) keys.add(key);
-        isMixed = true;
-      }
-      packets.push(packet);
-      this.#shift();
+      if (content > this.#frameSize && count > 0) break;
+      if (isSame(packet.to, previous)) continue;
+      previous = packet.to;
+      if (!mayShare(previous, to) || keys.size + previous.keys.length > maxKeys) break;
+      for (const key of previous.keys) keys.add(key);
+      isMixed = true;
     }
-    return { to, packets, keys: this.#route(to.nsp, keys, isMixed) };
+    return { to, packets: this.#shift(count), keys: this.#route(to.nsp, keys, isMixed) };
   }
 
   /** Up to how many keys the packets of one frame may have, if they are not all for the same rooms. */
@@ -2997,10 +2994,11 @@ class Batcher {
     return this.#facts.severalKeys() && bytes <= this.#facts.maxKeyBytes() ? [...keys] : everyone;
   }
 
-  /** Removes the oldest one. */
-  #shift(): Waiting | undefined {
-    const oldest = this.#packets[this.#start++];
-    this.bytes -= oldest?.bytes ?? 0;
+  /** Removes the oldest ones, and returns them. */
+  #shift(count: number): Waiting[] {
+    const oldest = this.#packets.slice(this.#start, this.#start + count);
+    for (const { bytes } of oldest) this.bytes -= bytes;
+    this.#start += count;
     if (this.#start * 2 >= this.#packets.length) this.#start -= this.#packets.splice(0, this.#start).length;
     return oldest;
   }
