@@ -692,6 +692,7 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
     super(nsp, node);
     this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
     if (this.nsp.adapter?.["socket.io-amqp0"]) this.#replaced = this.nsp.adapter;
+    queueMicrotask(() => void this.init()); // Socket.IO calls it from 4.8.2 on
   }
 
   /** Resolves once connected, bound and announced; rejects if the adapter is closed before. */
@@ -2663,9 +2664,9 @@ class Node implements Context {
   }
 
   async #close(ms: number): Promise<void> {
-    this.#timers.forEach(clearInterval);
     this.requests.close();
     const left = await this.sender.close(ms);
+    this.#timers.forEach(clearInterval); // until here, what was missed is asked for
     await Promise.all([this.receiver.close(left > 0 ? 0 : UNBIND_PATIENCE), this.sender.connection.close()]);
     this.opened.reject(new Error("Closed before it was ready"));
     if (left > 0) throw new Error(`Closed before the broker had confirmed ${left} packets`);
@@ -4471,6 +4472,9 @@ function fromWire({ rooms, except, flags }: WireOptions): BroadcastOptions {
 }
 
 function asError(error: unknown): Error {
+  // A host name with several addresses, none of which answers, gives one error without a message.
+  if (error instanceof AggregateError && !error.message)
+    return new Error(error.errors.map((each) => asError(each).message).join("; "), { cause: error });
   return error instanceof Error ? error : new Error(String(error));
 }
 
