@@ -1453,7 +1453,7 @@ class Handover {
     for (let isTaken = false; !isTaken && performance.now() < until && this.#peers().includes(from);) {
       const items: unknown[] = [];
       const claimedAt = log.position;
-      await this.#ask([from], until, claim, (list, _, isLast) => {
+      const take: ListTaker = (list, _, isLast) => {
         items.push(...list);
         const { heard } = items.find(isHeard) ?? {};
         if (!isLast || !heard) return;
@@ -1465,7 +1465,9 @@ class Handover {
         };
         this.#sessions.inherit(items.filter(isHandedSession), { delivered: items.filter(isDelivered), begin, isLater });
         isTaken = true;
-      });
+      };
+      // Not while frames are held here that may be in the answer: they would come to the client once more.
+      if (this.#node.membership.heard()) await this.#ask([from], until, claim, take);
       if (!isTaken) await Bun.sleep(ASK_LATER);
     }
     for (const session of sessions) this.#sessions.drop(session);
