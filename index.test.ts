@@ -2571,6 +2571,13 @@ describe("a simulation of senders and receivers", () => {
 });
 
 describe("an adapter", () => {
+  test("starts by itself: Socket.IO starts none before 4.8.2", async () => {
+    const { io } = await host();
+    const adapter = createAdapter({ amqpConnection, prefix })(io.of("/alone"));
+    closers.push(() => adapter.close());
+    await adapter.ready;
+  });
+
   test("that takes the place of one from another copy of the module closes it", async () => {
     const [a, b] = await cluster();
     const copy = `${import.meta.dir}/.copy-${process.pid}.ts`;

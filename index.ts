@@ -369,8 +369,9 @@ interface Socket {
   /** The private id of its session, with connection state recovery. */
   readonly pid?: string;
   _onclose(reason: string): void;
-  listenersAnyOutgoing(): unknown[];
-  notifyOutgoingListeners(packet: Packet): void;
+  /** From Socket.IO 4.5 on. */
+  listenersAnyOutgoing?(): unknown[];
+  notifyOutgoingListeners?(packet: Packet): void;
 }
 export interface Packet {
   type: number;
@@ -556,9 +557,9 @@ class LocalAdapter extends BoundAdapter {
     for (const parts of this.recovery ? this.recovery.written(delivery) : packets()) {
       let packet = decoded;
       for (const socket of sockets) {
-        if (socket.listenersAnyOutgoing().length) {
+        if (socket.listenersAnyOutgoing?.().length) {
           try {
-            socket.notifyOutgoingListeners((packet ??= decode(this.nsp, parts)));
+            socket.notifyOutgoingListeners?.((packet ??= decode(this.nsp, parts)));
           } catch (error) {
             if (decoded) throw error; // into the emit() of the user who can mend it
             this.node.reports.report(
@@ -1168,6 +1169,10 @@ class Sessions {
     return session !== undefined && !isWaiting(session);
   }
 
+  get areComing(): boolean {
+    return this.#kept.values().some((session) => !isWaiting(session));
+  }
+
   /** Sessions that can be handed over together: all that have only been here, or that came here together. */
   get together(): Session[] {
     return together([...this.#kept.values()].filter(isWaiting));
@@ -1363,8 +1368,6 @@ class Handover {
   readonly #nsp: string;
   readonly #sessions: Sessions;
   readonly #follow: Follow;
-  /** How many times sessions are just being taken over. */
-  #takingOver = 0;
 
   constructor(node: Node, nsp: string, sessions: Sessions, follow: Follow) {
     this.#node = node;
@@ -1420,9 +1423,9 @@ class Handover {
       if (session && peer) {
         await this.#ask([peer], until, offer, () => {});
         if (this.#sessions.get(session.pid) === session) refusing.add(peer);
-      } else if (session || this.#takingOver === 0)
+      } else if (session || !this.#sessions.areComing)
         break; // there is no other server, or all close as well; or nothing is left
-      else await Bun.sleep(ASK_LATER); // some are on their way here
+      else await Bun.sleep(ASK_LATER); // some are on their way here, or to a client that is just being connected
     }
   }
 
@@ -1446,7 +1449,6 @@ class Handover {
     const pids = sessions.map(({ pid }) => pid);
     const claim = (id: string): Message => ({ type: "claim", id, pids, offset: lost.offset });
     const begin = log.position;
-    this.#takingOver++;
     for (const session of sessions) this.#sessions.keep(session);
     const live = this.#follow(sessions.flatMap(({ rooms }) => rooms));
     await within(until - performance.now(), Promise.resolve(live));
@@ -1471,7 +1473,6 @@ class Handover {
       if (!isTaken) await Bun.sleep(ASK_LATER);
     }
     for (const session of sessions) this.#sessions.drop(session);
-    this.#takingOver--;
     return false;
   }
 
@@ -1593,6 +1594,8 @@ class Recovery {
       const stamped = this.#stamp(parts, this.sessions.wrote([socket], position));
       socket.client.writeToEngine(stamped, { preEncoded: true });
     }
+    // It came as Socket.IO had already taken leave of all others.
+    if (this.#handover.isClosing) queueMicrotask(() => socket._onclose("server shutting down"));
   };
 
   /**
