@@ -3373,8 +3373,11 @@ function predecessorsIn(flights: readonly Flight[], next: number): number[] {
   return predecessors.slice(0, 2 * MAX_DIGESTS);
 }
 
-/** Tells what is published under a routing key from all else, but for one in 2^32. */
-const digestOf = (key: string): number => Bun.hash.crc32(key);
+/**
+ * Tells what is published under a routing key from all else, but for one in 2^31. Even for the keys of servers: what is for one of
+ * them does not go through the main exchange, so a queue that gets everything does not get it.
+ */
+const digestOf = (key: string): number => ((Bun.hash.crc32(key) | 1) >>> 0) - Number(key.startsWith(ALL_SERVERS));
 
 /** How many destinations are kept ready, for rooms that are emitted to again. */
 const MAX_ROUTES = 65_536;
@@ -3539,7 +3542,8 @@ class Bindings {
    * key is being bound it may have been routed before: a client that joins a room does not hear what came before it.
    */
   expects(digest: number): boolean {
-    const since = Math.min(this.#gotSince.get(digest) ?? Infinity, this.#everythingSince);
+    const everythingSince = digest % 2 === 0 ? Infinity : this.#everythingSince;
+    const since = Math.min(this.#gotSince.get(digest) ?? Infinity, everythingSince);
     return since < Infinity && performance.now() - since > UNDER_WAY;
   }
 
@@ -4048,7 +4052,7 @@ function watched<C extends Channel>(channel: C, lose: Lose): C {
 //
 // All numbers are little-endian. The words: the namespace's length, the number of sections, the number of predecessors; of each
 // section its kind and eight times its head's length, and how many parts it has; of each predecessor how many numbers back it
-// is, and the CRC-32 of its routing key; of each part its length, with a bit for a binary and one for a packet that has more
+// is, and the digest of its routing key; of each part its length, with a bit for a binary and one for a packet that has more
 // parts. Lengths are in UTF-16 code units, those of binaries in bytes. The text is the namespace, the heads and then all parts
 // that are strings, so it is decoded with one call. A control frame has no words; its text is JSON.
 
