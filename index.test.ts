@@ -3054,7 +3054,9 @@ describe("connection state recovery", () => {
     await guest.leave();
     await noticed(a);
     expect(await guest.back(b)).toBe(false);
-    expect(errorsOf(a)).toEqual([expect.stringContaining("cannot be sent to the server it came back to")]);
+    expect(errorsOf(a)).toEqual([
+      expect.stringContaining("cannot be sent to another server: its client begins anew there"),
+    ]);
   });
 
   test("bears rooms that are neither strings nor numbers, also once its log is full", async () => {
@@ -3103,6 +3105,22 @@ describe("connection state recovery", () => {
       c.io.to("red").emit("n", 4);
     }
     for (const guest of guests) await eventually(() => expect(guest.numbers).toEqual([1, 2, 3, 4, 4, 4]));
+  });
+
+  test("hands over what it can, though the data of one client cannot be sent", async () => {
+    const settings = [{ requestsTimeout: 2_000 }, { connectionStateRecovery: {} }] as const;
+    const [a, b] = [await start(...settings), await start(...settings)];
+    await acquainted([a, b]);
+    const [odd, own, inherited] = [await Guest.at(b), await Guest.at(b), await Guest.at(a)];
+    odd.on(b).data = { n: 1n };
+    for (const guest of [odd, own]) await guest.leave();
+    await noticed(b);
+    await a.io.close(); // what b inherits is handed over apart from its own sessions
+    const c = await start(...settings);
+    await acquainted([b, c]);
+    await b.io.close();
+    expect(errorsOf(b)).toEqual([expect.stringContaining("cannot be sent to another server")]);
+    expect([await odd.back(c), await own.back(c), await inherited.back(c)]).toEqual([false, true, true]);
   });
 
   test("begins anew within a second after the server that knew the client was killed", async () => {

@@ -1392,10 +1392,11 @@ class Handover {
   onFind({ pid, offset = "" }: LostClient): Found[] {
     if (pid !== undefined && this.#sessions.isComing(pid)) return [{ isMoving: true }];
     const found = pid === undefined ? this.#sessions.together : this.#sessions.find(pid, offset);
-    return [found ?? []].flat().flatMap(({ pid, sid, rooms, data }) => {
-      if (lengthOf(data) < Infinity) return [{ pid, rooms }];
-      const message = `The data of socket ${sid} cannot be sent to the server it came back to`;
+    return [found ?? []].flat().flatMap((session) => {
+      if (lengthOf(session.data) < Infinity) return [{ pid: session.pid, rooms: session.rooms }];
+      const message = `The data of socket ${session.sid} cannot be sent to another server: its client begins anew there`;
       this.#node.reports.report(new TypeError(message));
+      if (this.isClosing) this.#sessions.drop(session); // the others are offered without it
       return [];
     });
   }
