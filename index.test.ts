@@ -4,7 +4,7 @@
  */
 import { Server as BunEngine } from "@socket.io/bun-engine";
 import { connect, type Channel, type ChannelModel, type Options as Amqp } from "amqplib";
-import { afterAll, afterEach, beforeEach, describe, expect, test } from "bun:test";
+import { afterAll, afterEach, beforeEach, describe, expect, spyOn, test } from "bun:test";
 import { once } from "node:events";
 import { createServer } from "node:http";
 import type { AddressInfo } from "node:net";
@@ -338,6 +338,28 @@ describe("a broadcast to", () => {
     a.io.to("red").emit("hello", { a: Buffer.from("x") });
     await heardFrom(a.io, people);
     expect(outgoing).toEqual([["hello", { a: Buffer.from("x") }], ["end"]]);
+  });
+
+  test("sockets whose outgoing listeners throw reaches all of them, whoever sends it", async () => {
+    const { a, b, ann, bob } = await crew();
+    const people = { bob, dan: await join(b, ["red"]) };
+    introduce(people);
+    for (const { socket } of Object.values(people))
+      socket.onAnyOutgoing(() => {
+        throw new Error("a listener's");
+      });
+    const emitter = createEmitter({ amqpConnection, prefix });
+    closers.push(() => emitter.close());
+    emitter.to("red").emit("hello", "emitter");
+    expect(await heardFrom(emitter, people)).toEqual(only("bob dan", people, ["hello", "emitter"]));
+    a.io.to("red").emit("hello", "server");
+    expect(await heardFrom(a.io, people)).toEqual(only("bob dan", people, ["hello", "server"]));
+    ann.client.off("name?");
+    await a.io.in(ann.socket.id).socketsLeave("red");
+    expect((await a.io.to("red").timeout(2_000).emitWithAck("name?")).toSorted()).toEqual(["bob", "dan"]);
+    const reported = errorsOf(b);
+    expect(reported).not.toEqual([]);
+    expect(reported.filter((error) => !error.includes("a listener's"))).toEqual([]);
   });
 });
 
@@ -758,6 +780,24 @@ describe("servers", () => {
     expect(await milliseconds(() => b.io.fetchSockets())).toBeLessThan(500);
     await acquainted([a, b]);
     expect(await a.io.timeout(2_000).emitWithAck("name?")).toHaveLength(2);
+  });
+
+  test("that close several namespaces say nothing behind their goodbye", async () => {
+    const a = await start();
+    const chat = adapterOf(a.io.of("/chat") && a.io, "/chat");
+    const emitter = createEmitter({ amqpConnection, prefix });
+    closers.push(() => emitter.close());
+    for (let i = 0; i < 4; i++) {
+      const b = await start();
+      b.io.of("/chat");
+      await eventually(async () => expect(await chat.serverCount()).toBe(2));
+      await Bun.sleep(50); // announcements are made at least 20 ms apart
+      await b.io.close();
+      const said = once(a.io, "said");
+      emitter.serverSideEmit("said");
+      await said;
+      expect(await chat.serverCount()).toBe(1);
+    }
   });
 
   test("killed with SIGKILL are not waited for once the broker has dropped their queue", async () => {
@@ -1286,6 +1326,7 @@ describe("an emitter", () => {
     expect(await nodes[0].adapter.serverCount()).toBe(3);
     expect(() => emitter.serverSideEmit("hello", () => {})).toThrow();
     expect(() => emitter.emit("disconnect")).toThrow("reserved");
+    expect(() => emitter.serverSideEmit("connection")).toThrow("reserved");
   });
 
   test("has everything confirmed by the broker when close() resolves", async () => {
@@ -1515,7 +1556,7 @@ describe("a connection", () => {
     node.io.to("red").emit("hello");
     expect(await heardFrom(node.io, { ann })).toEqual({ ann: [["hello"]] });
     expect(await milliseconds(() => node.io.fetchSockets())).toBeLessThan(200);
-    expect(node.adapter.stats.connected).toBe(false);
+    expect(node.adapter.stats).toMatchObject({ connected: false, reconnects: { consuming: 0, publishing: 0 } });
     expect(await milliseconds(() => node.io.close())).toBeLessThan(500);
     await expect(node.adapter.ready).rejects.toThrow("closed");
     errorsOf(node);
@@ -1850,7 +1891,7 @@ describe("an outage", () => {
     expect(numbers(cat, "a")).toEqual(upTo(ofA));
     // A frame holds one number, or a few where this process was held up.
     expect(b.adapter.stats.lost).toBeLessThanOrEqual(ofA - heard.length);
-    expect(errorsOf(b).join()).toMatch(new RegExp(`Lost ${b.adapter.stats.lost} frames of peer`));
+    expect(errorsOf(b).join()).toMatch(new RegExp(`Lost up to ${b.adapter.stats.lost} frames of peer`));
     nodes.forEach(errorsOf);
   }, 45_000);
 
@@ -2007,6 +2048,23 @@ describe("an outage", () => {
     },
     20_000,
   );
+
+  test("gives a server nothing that was for another one alone", async () => {
+    const { links, a, b, c } = await linked();
+    const asked = spyOn(c.adapter, "onMessage");
+    links[2]?.cut();
+    for (let i = 0; i < 3; i++)
+      await b.io
+        .timeout(300)
+        .fetchSockets()
+        .catch(() => {});
+    links[2]?.heal();
+    await eventually(() => expect(c.adapter.stats.replayed).toBeGreaterThan(0), 5_000);
+    a.io.serverSideEmit("last");
+    await once(c.io, "last");
+    expect(asked.mock.calls.map(([{ type }]) => type).filter((type) => type === "items")).toEqual([]);
+    for (const node of [a, b, c]) errorsOf(node);
+  });
 
   test("whose replay waits in the receiver's queue is not sent again and again", async () => {
     const waiting: (() => void)[] = [];
@@ -2599,6 +2657,40 @@ describe("a simulation of senders and receivers", () => {
       await Promise.all(world.senders.map(({ closed, publisher }) => closed || publisher.drained()));
     }
   }, 60_000);
+});
+
+describe("a publisher", () => {
+  const limits = { maxQueued: 1e9, maxPayload: 2 ** 24, journal: { bytes: 2 ** 24, ms: 60_000 } };
+  const facts = { servers: () => 3, severalKeys: () => true, maxKeyBytes: () => 1e5 };
+  const routes = new Routes("/", false);
+  const emit = (publisher: Publisher, room: string, text = "", volatile = false) => {
+    const flags = volatile ? { volatile } : {};
+    publisher.add(routes.packets({ rooms: new Set([room]), flags }), [text], text.length);
+    publisher.flush();
+  };
+
+  test("names the unconfirmed frames before a frame, whatever volatile ones are between", () => {
+    let now = 0;
+    const publisher = new Publisher("sender--", limits, facts, { dropped() {}, flushIn() {} }, () => (now += 20));
+    const bodies: Buffer[] = [];
+    publisher.up(({ body }) => bodies.push(Buffer.from(body)));
+    emit(publisher, "red");
+    for (let i = 0; i < 10; i++) emit(publisher, `room${i}`, "", true);
+    emit(publisher, "blue");
+    expect(predecessorsOf(readFrame(bodies.at(-1)!), () => true)).toEqual([1]);
+  });
+
+  test("counts what is unconfirmed once, though a connection is lost as soon as it is there", () => {
+    const publisher = new Publisher("sender--", limits, facts, { dropped() {}, flushIn() {} });
+    publisher.up(() => {});
+    for (let i = 0; i < 20; i++) emit(publisher, "red", "x".repeat(60_000));
+    publisher.down();
+    publisher.up((_, confirmed) => confirmed("lost"));
+    const confirms: (() => void)[] = [];
+    publisher.up((_, confirmed) => confirms.push(() => confirmed("taken")));
+    for (let confirm = confirms.shift(); confirm; confirm = confirms.shift()) confirm();
+    expect([publisher.unconfirmed, publisher.batcher.size]).toEqual([0, 0]);
+  });
 });
 
 describe("an adapter", () => {
@@ -3236,13 +3328,23 @@ describe("a process", () => {
       const io = new Server(0, { adapter: createAdapter({ amqpConnection: ${nowhere}, prefix }) });
       await new Promise((resolve) => io.of("/").adapter.once("error", resolve));
       await io.close();`,
+    "with two servers that close together": `
+      const servers = [1, 2].map(() => new Server(0, { adapter: createAdapter({ amqpConnection, prefix }) }));
+      for (const io of servers) await io.of("/").adapter.ready;
+      const rooms = Array.from({ length: 60 }, (_, i) => "room" + i);
+      for (const io of servers) await io.of("/").adapter.addAll("id", new Set(rooms));
+      while (servers.some((io) => io.of("/").adapter.stats.rooms < 60)) await Bun.sleep(10);
+      await Promise.all(servers.map((io) => io.close()));`,
     "with an emitter": `
       const emitter = createEmitter({ amqpConnection, prefix });
       emitter.emit("hello");
       await emitter.close();`,
   };
   test.each(Object.entries(programs))("%s ends by itself after close()", async (_, source) => {
-    const { exited, stdout, stderr } = child(`${source} console.log("closed");`);
+    const { exited, stdout, stderr } = child(`${source}
+      console.log("closed");
+      const closedAt = performance.now();
+      process.on("exit", () => performance.now() - closedAt > 1_000 && console.log("late"));`);
     expect(await exited).toBe(0);
     expect([await stdout.text(), await stderr.text()]).toEqual(["closed\n", ""]);
   });

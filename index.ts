@@ -340,6 +340,8 @@ interface OpenNamespace extends Namespace {
   prependListener(event: "connect", listener: (socket: Socket) => void): unknown;
   off(event: "connect", listener: (socket: Socket) => void): unknown;
   _onServerSideEmit(args: unknown[]): void;
+  /** The next id of a packet that clients acknowledge. */
+  _ids: number;
 }
 /** What Socket.IO takes as its `parser` option, as far as it is used here. */
 export interface Parser {
@@ -394,9 +396,8 @@ const RESERVED_EVENTS = new Set([
   "removeListener",
 ]);
 
-/** The one place that reaches for a private method: only `apply` knows how `rooms` and `except` pick local sockets. */
-const apply: (this: Adapter, opts: BroadcastOptions, callback: (socket: Socket) => void) => void =
-  Adapter.prototype["apply"];
+/** The same for events between servers. */
+const SERVER_EVENTS = new Set(["connect", "connection", "new_namespace"]);
 
 /** Packets for a room, or for options. */
 type Target = string | BroadcastOptions;
@@ -499,8 +500,8 @@ class BoundAdapter extends Adapter {
   }
 
   /**
-   * With `cleanupEmptyChildNamespaces`, Socket.IO closes a namespace when a client goes and no other is connected, also under
-   * those that are held back and will be. Here it stays open until none is on its way.
+   * With `cleanupEmptyChildNamespaces`, Socket.IO closes a namespace when a client goes and no other is connected, even if
+   * others are held back. Here it stays open until none is.
    */
   #keepOpen(): void {
     const { nsp } = this;
@@ -550,7 +551,7 @@ class LocalAdapter extends BoundAdapter {
   }
 
   #write(delivery: Delivery): void {
-    const { sockets, target, packets, decoded } = delivery;
+    const { sockets, target, origin, packets, decoded } = delivery;
     if (sockets.length === 0 && !this.recovery?.sessions.awaits(target)) return;
     const { volatile, compress } = (typeof target === "string" ? undefined : target.flags) ?? {};
     const options = { preEncoded: true, volatile, compress };
@@ -561,7 +562,7 @@ class LocalAdapter extends BoundAdapter {
           try {
             socket.notifyOutgoingListeners?.((packet ??= decode(this.nsp, parts)));
           } catch (error) {
-            if (decoded) throw error; // into the emit() of the user who can mend it
+            if (origin.sender === this.node.uid) throw error; // into the emit() of the user who can mend it
             this.node.reports.report(
               new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }),
             );
@@ -575,7 +576,8 @@ class LocalAdapter extends BoundAdapter {
   protected localSockets(opts: BroadcastOptions): Socket[] {
     if (opts.rooms.size === 1 && !opts.except?.size) for (const room of opts.rooms) return this.#inRoom(room);
     const sockets: Socket[] = [];
-    apply.call(this, opts, (socket) => sockets.push(socket));
+    // The one place that reaches for a private method: only `apply` knows how `rooms` and `except` pick local sockets.
+    this["apply"](opts, (socket: Socket) => sockets.push(socket));
     return sockets;
   }
 
@@ -594,21 +596,21 @@ class LocalAdapter extends BoundAdapter {
   /** An acknowledged broadcast of a peer. */
   protected answerBroadcast(message: Message & { type: "broadcast" }, answer: (value: Answer) => void): void {
     const { id } = message;
-    const packet: Packet = { type: EVENT, nsp: this.nsp.name, data: eventOf(decode(this.nsp, message.packet).data) };
-    const opts = fromWire(message.opts);
-    const sockets = this.localSockets(opts);
-    super.broadcastWithAck(
-      packet,
-      opts,
-      (count) => answer({ type: "clients", id, count }),
-      (...values: unknown[]) => {
-        const encoded = this.tryEncode({ type: ACK, nsp: this.nsp.name, id: 0, data: values });
-        answer(encoded ? { type: "ack", id, packet: encoded } : { type: "ack", id });
-      },
-    );
+    const target = fromWire(message.opts);
+    const sockets = this.localSockets(target);
+    const data = eventOf(decode(this.nsp, message.packet).data);
+    const packet = { type: EVENT, nsp: this.nsp.name, id: this.nsp._ids++, data };
+    const packets = () => [this.nsp.server.encoder.encode(packet)];
+    const onAck = (...values: unknown[]) => {
+      const encoded = this.tryEncode({ type: ACK, nsp: this.nsp.name, id: 0, data: values });
+      answer(encoded ? { type: "ack", id, packet: encoded } : { type: "ack", id });
+    };
+    answer({ type: "clients", id, count: sockets.length });
+    for (const { acks } of sockets) acks.set(packet.id, onAck);
+    this.#write({ sockets, target, origin: FOREIGN, packets, decoded: packet });
     // Socket.IO would wait for the answers of these clients until they disconnect. One may be a second late.
     setTimeout(() => {
-      for (const { acks } of sockets) if (packet.id !== undefined) acks.delete(packet.id);
+      for (const { acks } of sockets) acks.delete(packet.id);
     }, message.timeout + 1_000).unref();
   }
 
@@ -650,7 +652,7 @@ class LocalAdapter extends BoundAdapter {
   protected answer(to: string, value: Answer): void {
     const parts = this.#reportThrown("An answer cannot be sent to another server", () => encodeValue(value));
     const { type, id } = value;
-    this.node.sender.add(this.routes.direct(to), parts ?? encodeValue({ type, id, value: null }));
+    this.node.sender.add(this.routes.direct(to), parts ?? encodeValue({ type, id, value: null, items: [] }));
   }
 
   #reportThrown<T>(what: string, encode: () => T): T | undefined {
@@ -960,7 +962,7 @@ interface Trail {
   readonly base: number;
   last: number;
   /** What the client presented when it came back the last time, and what that stands for, until it hears of a newer one. */
-  readonly alias?: { readonly offset: string; readonly position: number } | undefined;
+  readonly presented?: { readonly offset: string; readonly position: number } | undefined;
 }
 
 /** A session that waits for its client, as one server hands it over to another. */
@@ -1173,7 +1175,7 @@ class Sessions {
     return this.#kept.values().some((session) => !isWaiting(session));
   }
 
-  /** Sessions that can be handed over together: all that have only been here, or that came here together. */
+  /** Sessions with one history, whose positions compare: all that were lost here, or all that came here together. */
   get together(): Session[] {
     return together([...this.#kept.values()].filter(isWaiting));
   }
@@ -1232,7 +1234,7 @@ class Sessions {
     if (since === undefined) return undefined;
     const missed = this.#delivered([session], since).filter((packet) => isFor(session.rooms, packet));
     const base = session.legacy ? position : since;
-    this.#trails.set(sid, { base, last: base, alias: { offset, position: base } });
+    this.#trails.set(sid, { base, last: base, presented: { offset, position: base } });
     if (!session.legacy) return missed;
     const [to, origin] = [routeTo(sid), { sender: this.#uid, number: 0 }];
     return missed.map(({ parts }) => ({ parts, position: this.log.add(to, parts, origin) }));
@@ -1250,7 +1252,7 @@ class Sessions {
   knows(sid: SocketId, offset: string): "old" | "new" | undefined {
     const trail = this.#trails.get(sid);
     if (!trail || positionOf(offset, { owner: this.#uid, ...trail }) === undefined) return undefined;
-    return offset === trail.alias?.offset ? "old" : "new";
+    return offset === trail.presented?.offset ? "old" : "new";
   }
 
   /** A client is lost. */
@@ -1264,7 +1266,7 @@ class Sessions {
    * Gives sessions away, as far as they can be handed over together, with what their clients have missed behind an offset, or
    * behind whatever they may present.
    */
-  release(pids: readonly string[], offset: string | undefined): (HandedSession | Delivered)[] {
+  giveAway(pids: readonly string[], offset: string | undefined): (HandedSession | Delivered)[] {
     const sessions = together(pids.flatMap((pid) => this.get(pid) ?? []));
     const now = performance.now();
     let since = LAST;
@@ -1322,7 +1324,7 @@ class Sessions {
   /** Behind which position a client's missed packets are, by the offset that it presents; undefined where they are not known. */
   #since(session: Session, offset: string): number | undefined {
     const position = positionOf(offset, session);
-    // Who has all that was written to it has missed nothing before it was lost, however long ago that was.
+    // A client that has the last packet which was written to it has missed only what came after its loss.
     const since = position === session.last ? session.lostAt : position;
     return since !== undefined && since >= this.#goneFor(session) ? since : undefined;
   }
@@ -1335,8 +1337,8 @@ const together = (sessions: readonly Session[]): Session[] =>
   sessions.filter(({ legacy }) => legacy === sessions[0]?.legacy);
 
 /** What an offset, an owner's name and a position, stands for that the client may have; undefined for any other. */
-function positionOf(offset: string, { owner, base, last, alias }: Trail & { owner: string }): number | undefined {
-  if (offset === alias?.offset) return alias.position;
+function positionOf(offset: string, { owner, base, last, presented }: Trail & { owner: string }): number | undefined {
+  if (offset === presented?.offset) return presented.position;
   const [uid, digits = ""] = offset.split(".");
   if (uid !== owner || !/^\d{1,15}$/.test(digits)) return undefined;
   const position = Number(digits);
@@ -1351,7 +1353,7 @@ interface LostClient {
 }
 /** A session that waits on the server that says so, or is on its way. */
 type Found = ComingSession | { readonly isMoving: true };
-/** The first entry of an answer to a claim: of each peer, the number of the last frame that is in it. Without it the server is not ready. */
+/** The first entry of an answer to a claim: for each peer, the number of the last frame that it covers. Without it the server is not ready. */
 type Heard = { readonly heard: Record<string, number> };
 
 /** How long until a server is asked again that is not ready to hand a session over, in ms. */
@@ -1391,8 +1393,11 @@ class Handover {
   /** A peer asks for the session of a client that has come to it, or for all: gives those that it may claim together. */
   onFind({ pid, offset = "" }: LostClient): Found[] {
     if (pid !== undefined && this.#sessions.isComing(pid)) return [{ isMoving: true }];
-    const found = pid === undefined ? this.#sessions.together : this.#sessions.find(pid, offset);
-    return [found ?? []].flat().flatMap((session) => {
+    const found =
+      pid === undefined
+        ? this.#sessions.together
+        : [this.#sessions.find(pid, offset)].filter((session) => session !== undefined);
+    return found.flatMap((session) => {
       if (lengthOf(session.data) < Infinity) return [{ pid: session.pid, rooms: session.rooms }];
       const message = `The data of socket ${session.sid} cannot be sent to another server: its client begins anew there`;
       this.#node.reports.report(new TypeError(message));
@@ -1404,7 +1409,7 @@ class Handover {
   /** A peer claims sessions: they are its own from here on, and all that is delivered later comes to it. */
   onClaim(pids: readonly string[], offset: string | undefined): (Heard | HandedSession | Delivered)[] {
     const heard = this.#node.membership.heard();
-    return heard ? [{ heard }, ...this.#sessions.release(pids, offset)] : [];
+    return heard ? [{ heard }, ...this.#sessions.giveAway(pids, offset)] : [];
   }
 
   /** A peer closes: its sessions wait here from now on. */
@@ -1431,7 +1436,8 @@ class Handover {
   }
 
   /**
-   * Takes sessions over: binds their rooms, then claims them. Resolves with whether they are on the way to another server.
+   * Takes sessions over: binds their rooms, then claims them. Resolves with true where another server is taking them over just
+   * now, so that the caller asks again.
    * The answer stands in the stream of the peer's frames, and the claim in this server's: so what the peer has emitted comes
    * before the answer if it is in it, and what this server has emitted is in the answer if that was before the claim. Of all
    * others' frames the answer tells up to which number they are in it.
@@ -1733,6 +1739,7 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
 
   /** Emits to the servers themselves: `io.on(name, …)`. There are no answers. */
   serverSideEmit(name: string, ...args: unknown[]): void {
+    if (SERVER_EVENTS.has(name)) throw new Error(`"${name}" is a reserved event name`);
     if (typeof args.at(-1) === "function")
       throw new TypeError("An emitter cannot wait for answers; leave out the callback");
     this.#send({ type: "emit", id: undefined, args: [name, ...args] });
@@ -1861,8 +1868,8 @@ interface Peer {
   queueGoneAt?: number | undefined;
   /** How often `namespaces` had changed, by its last hello. */
   revision?: number;
-  /** How many rooms it has bound, by its last heartbeat. */
-  rooms: number;
+  /** How many keys it has bound, by its last heartbeat. */
+  bindings: number;
   /** When it is to be asked again for what was missed. */
   askAt: number;
   /** What it has last asked for, and when all of the answer was sent; undefined until then. */
@@ -1915,9 +1922,9 @@ class Membership {
     return Object.fromEntries(peers.map(({ uid, stream }) => [uid, stream.highest]));
   }
 
-  /** How many rooms are bound, on all servers. */
-  get rooms(): number {
-    return this.peers.values().reduce((sum, { rooms }) => sum + rooms, this.#receiver.countBound());
+  /** How many keys are bound, on all servers. */
+  get bindings(): number {
+    return this.peers.values().reduce((sum, { bindings }) => sum + bindings, this.#receiver.countBound());
   }
 
   /** Whoever sent what the queue has just delivered; undefined for this server itself. */
@@ -1925,7 +1932,7 @@ class Membership {
     this.#heardAt = performance.now();
     if (uid === this.#context.uid) return undefined;
     let peer = this.peers.get(uid);
-    if (!peer) this.peers.set(uid, (peer = { uid, stream: newStream(uid), heardAt: 0, rooms: 0, askAt: 0 }));
+    if (!peer) this.peers.set(uid, (peer = { uid, stream: newStream(uid), heardAt: 0, bindings: 0, askAt: 0 }));
     peer.heardAt = this.#heardAt;
     return peer;
   }
@@ -1936,7 +1943,7 @@ class Membership {
       case "hello":
         return this.#onHello(peer, control);
       case "beat":
-        peer.rooms = control.rooms;
+        peer.bindings = control.bindings;
         stream.hears(control.number, control.floor);
         if (!peer.namespaces || peer.revision !== control.revision) this.#tell(uid, this.#hello(true));
         return;
@@ -1994,8 +2001,8 @@ class Membership {
       this.peers.delete(peer.uid);
     }
     const { number, floor } = this.#sender.publisher;
-    const rooms = this.#receiver.countBound();
-    void this.#sender.tell(ALL_SERVERS, { type: "beat", revision: this.#revision, number, floor, rooms });
+    const bindings = this.#receiver.countBound();
+    void this.#sender.tell(ALL_SERVERS, { type: "beat", revision: this.#revision, number, floor, bindings });
   }
 
   #onHello(peer: Peer, hello: Control & { type: "hello" }): void {
@@ -2021,7 +2028,7 @@ class Membership {
 
   #hello(reply: boolean): Control {
     const { number, floor } = this.#sender.publisher;
-    const namespaces = this.#receiver.live.map(({ nsp }) => nsp.name);
+    const namespaces = this.#receiver.liveTenants.map(({ nsp }) => nsp.name);
     return { type: "hello", revision: this.#revision, reply, namespaces, number, floor, shared: this.#shared };
   }
 
@@ -2033,7 +2040,7 @@ class Membership {
   /** A peer closes, or nobody can reach it: nobody waits for its answers. */
   #leaves(peer: Peer): void {
     peer.namespaces = undefined;
-    peer.rooms = 0;
+    peer.bindings = 0;
     peer.replay = undefined;
     this.#requests.onLeave(peer.uid);
     this.#receiver.renewSoon();
@@ -2113,7 +2120,7 @@ class Requests {
     for (const request of this.#open.values()) this.#finish(request, uid);
   }
 
-  /** The broker returns what is sent to a queue that no longer exists. */
+  /** Pings each peer that owes an answer: if its queue is gone, the ping comes back, and nobody waits for it. */
   probe(): void {
     const owing = new Set([...this.#open.values()].flatMap((request) => [...request.owing]));
     for (const uid of owing) void this.#sender.tell(serverKey(uid), { type: "ping" });
@@ -2130,6 +2137,8 @@ class Requests {
   }
 }
 
+/** How often it is looked whether peers that owe an answer still have a queue, in ms. */
+const PROBE_INTERVAL = 500;
 /** How many bindings are cheap to scan. */
 const FEW_BINDINGS = 500;
 /** What the header and a replay add to a packet, at most (bytes). */
@@ -2140,9 +2149,9 @@ const AGAIN = "again";
 const REPLAY_WINDOW = 64;
 
 interface SenderEvents {
-  /** How many other servers have a namespace open, and how many rooms are bound on all of them. */
+  /** How many other servers have a namespace open, and how many keys are bound on all of them. */
   servers(nsp: string): number;
-  rooms(): number;
+  bindings(): number;
   /** A message to one server's queue came back: there is no such queue. */
   unreachable(uid: string): void;
   /** The broker takes messages again. */
@@ -2167,7 +2176,7 @@ class Sender {
     const { uid, settings, reports } = context;
     this.#context = context;
     this.#events = events;
-    const severalKeys = () => this.#looksKeysUp || events.rooms() <= FEW_BINDINGS;
+    const severalKeys = () => this.#looksKeysUp || events.bindings() <= FEW_BINDINGS;
     const facts = { servers: events.servers, severalKeys, maxKeyBytes: () => this.#maxKeyBytes };
     this.publisher = new Publisher(uid, settings, facts, {
       dropped: (packets) => (this.dropped += packets),
@@ -2243,8 +2252,8 @@ class Sender {
     await within(ms, Promise.all([this.#replayed, this.publisher.drained()]));
     const left = this.publisher.unconfirmedPackets;
     const bye = this.tell(ALL_SERVERS, { type: "bye", number: this.publisher.number });
-    if (left === 0) await within(CLOSE_PATIENCE, bye);
     this.publisher.down(); // nothing is said behind a goodbye
+    if (left === 0) await within(CLOSE_PATIENCE, bye);
     clearTimeout(this.#flushing);
     this.tick();
     return left;
@@ -2261,14 +2270,14 @@ class Sender {
       if ((number - from) % REPLAY_WINDOW === 0 && !(await taken)) break;
       if (peer.replay !== replay) return; // it has asked anew, or has left
       const body = log.get(number);
-      if (!body) break; // forgotten meanwhile: it asks again
+      if (!body) return void (peer.replay = undefined); // forgotten meanwhile: it asks again
       taken = publisher.sendNow(key, body, true);
     }
     if (await taken) replay.sentAt = performance.now();
     else if (peer.replay === replay) peer.replay = undefined;
   }
 
-  async #up(model: AmqpConnection, lose: Lose): Promise<void> {
+  async #up(model: AmqpConnection, lose: Lose): Promise<() => void> {
     const { names, reports } = this.#context;
     const channel = watched(await model.createConfirmChannel(), lose);
     // Not in amqplib's turn: it would answer a user's callback that throws by closing the channel.
@@ -2285,9 +2294,7 @@ class Sender {
       this.#events.unblocked();
     });
     await declare(channel, names);
-    this.#looksKeysUp = Bun.semver.order(brokerVersion(model), "3.11.0") >= 0; // before, it scanned all bindings
-    this.#maxKeyBytes = frameMax(model) - 1_024; // for the message's other properties
-    this.publisher.up(({ keys: [key = "", ...CC], body, direct, again }, confirmed) => {
+    const transmit: Transmit = ({ keys: [key = "", ...CC], body, direct, again }, confirmed) => {
       const options: Options.Publish = direct ? { mandatory: key !== ALL_SERVERS } : {};
       if (CC.length > 0) options.CC = CC;
       if (again) options.type = AGAIN;
@@ -2299,7 +2306,12 @@ class Sender {
         lose(asError(error)); // the channel has just closed
         confirmed("lost");
       }
-    });
+    };
+    return () => {
+      this.#looksKeysUp = Bun.semver.order(brokerVersion(model), "3.11.0") >= 0; // before, it scanned all bindings
+      this.#maxKeyBytes = frameMax(model) - 1_024; // for the message's other properties
+      this.publisher.up(transmit);
+    };
   }
 }
 
@@ -2352,7 +2364,7 @@ class Receiver {
   }
 
   /** The namespaces whose packets come to the queue. */
-  get live(): Tenant[] {
+  get liveTenants(): Tenant[] {
     return [...this.#context.tenants.values()].filter(({ key }) => this.#topology?.bindings.isLive(key));
   }
 
@@ -2368,6 +2380,7 @@ class Receiver {
 
   /** A peer's queue has gone: an exchange of a room may have gone with it that others have bound just then. */
   renewSoon(): void {
+    if (!this.#topology) return; // the next connection binds all
     this.#renewal ??= setTimeout(() => {
       this.#renewal = undefined;
       this.#topology?.renew();
@@ -2375,15 +2388,15 @@ class Receiver {
   }
 
   async close(patienceMs: number): Promise<void> {
-    clearTimeout(this.#renewal);
     // The connection may be lost.
     const unbound = this.#topology?.close().catch((error) => debug("close: %s", asError(error).message));
     await within(patienceMs, Promise.resolve(unbound));
     await this.connection.close();
+    clearTimeout(this.#renewal);
   }
 
   /** Everything that the consuming connection needs, at the start and after each loss. */
-  async #up(model: AmqpConnection, lose: Lose): Promise<void> {
+  async #up(model: AmqpConnection, lose: Lose): Promise<() => void> {
     this.#opening ??= Promise.withResolvers<void>();
     const { uid, settings, names, tenants } = this.#context;
     const before = this.#generation > 0 ? names.queue(uid, this.#generation) : undefined;
@@ -2397,7 +2410,7 @@ class Receiver {
       if (message) this.#receive(message);
       else lose(new Error(`The queue ${queue} was deleted`));
     });
-    this.#opened(topology);
+    return () => this.#opened(topology);
   }
 
   #opened(topology: Topology | undefined): void {
@@ -2508,7 +2521,7 @@ class Inbox {
       duplicate: () => this.counts.duplicates++,
       lost: (frames: number) => {
         this.counts.lost += frames;
-        reports.report(new Error(`Lost ${frames} frames of peer ${uid}: its journal no longer held them`));
+        reports.report(new Error(`Lost up to ${frames} frames of peer ${uid}: its journal no longer holds them`));
       },
     };
     const stream = new PeerStream<Frame>(events, settings.journal.bytes);
@@ -2525,6 +2538,7 @@ class Inbox {
       const tenant = this.#context.tenants.get(reader.nsp);
       if (!tenant) return;
       for (const section of reader.sections) {
+        if (section.kind === SectionKind.Direct && section.head !== this.#context.uid) continue;
         const packets = () => reader.packets(section);
         if (section.kind < SectionKind.Messages) this.#handle(frame, () => tenant.onPackets(section, packets, frame));
         else for (const parts of packets()) this.#handle(frame, () => tenant.onMessage(readMessage(parts), frame));
@@ -2568,9 +2582,9 @@ class Node implements Context {
     this.reports = new Reports(() => (listener ? [listener] : this.tenants.values()));
     this.sender = new Sender(this, {
       servers: (nsp) => this.membership.serversOf(nsp).length,
-      rooms: () => this.membership.rooms,
+      bindings: () => this.membership.bindings,
       unreachable: (uid) => this.membership.onUnreachable(uid),
-      unblocked: () => this.#ready(),
+      unblocked: () => this.#resume(),
     });
     this.receiver = new Receiver(this, {
       frame: (frame, again) => this.#inbox.onFrame(frame, again),
@@ -2604,7 +2618,7 @@ class Node implements Context {
   }
 
   changed(event: "connect" | "disconnect", connection: string): void {
-    if (event === "connect") this.#ready();
+    if (event === "connect") this.#resume();
     for (const tenant of this.tenants.values()) tenant.onConnection(event, connection);
   }
 
@@ -2617,11 +2631,8 @@ class Node implements Context {
         this.sender.tick();
         this.membership.beat();
       }, this.settings.heartbeatInterval),
-      // Peers that owe an answer or what was missed are asked again, as often as each of them is due.
-      setInterval(() => {
-        this.requests.probe();
-        this.#inbox.askAll();
-      }, 100),
+      setInterval(() => this.#inbox.askAll(), 100),
+      setInterval(() => this.requests.probe(), PROBE_INTERVAL),
     );
   }
 
@@ -2679,7 +2690,7 @@ class Node implements Context {
   }
 
   /** A connection is up, at the start or after a loss, or no longer blocked. */
-  #ready(): void {
+  #resume(): void {
     if (this.upSince === undefined) return;
     this.reports.outageEnds();
     void this.#announce(true);
@@ -2687,8 +2698,8 @@ class Node implements Context {
   }
 
   async #announce(greets = false): Promise<void> {
-    const { live } = this.receiver;
-    if (await this.membership.announce(greets)) for (const { opened } of [...live, this]) opened.resolve();
+    const { liveTenants } = this.receiver;
+    if (await this.membership.announce(greets)) for (const { opened } of [...liveTenants, this]) opened.resolve();
   }
 }
 
@@ -2729,7 +2740,7 @@ interface CatchUp<F> {
 
 interface StreamEvents<F> {
   deliver(frame: F): void;
-  /** A frame was delivered that was missed before, or held while another was. */
+  /** A frame was delivered that had been missed, or held back while an earlier one was missing. */
   replayed(): void;
   duplicate(): void;
   /** Frames that did not come, and that the peer no longer has. */
@@ -2797,7 +2808,7 @@ class PeerStream<F extends Frame> {
     // The peer no longer has those before. Some may have come meanwhile.
     const found = held.filter(({ frame }) => frame.number < from);
     const lost = this.#countMissing(from - 1, found.length);
-    for (const { frame } of found) this.#release(catchUp, frame);
+    for (const { frame } of found) this.#deliverMissed(catchUp, frame);
     if (lost > 0) this.#events.lost(lost);
     this.cursor = Math.max(this.cursor, from - 1);
     catchUp.to = to;
@@ -2811,7 +2822,7 @@ class PeerStream<F extends Frame> {
     if (frame.number > cursor + 1) return false;
     this.cursor = frame.number;
     if (this.#window.has(frame.number)) this.#events.duplicate();
-    else this.#release(catchUp, frame);
+    else this.#deliverMissed(catchUp, frame);
     if (frame.number >= catchUp.to) this.#finish(catchUp);
     return true;
   }
@@ -2836,7 +2847,7 @@ class PeerStream<F extends Frame> {
   }
 
   /** Delivers a frame that was missed, in place of the one that is held. */
-  #release(catchUp: CatchUp<F>, frame: F): void {
+  #deliverMissed(catchUp: CatchUp<F>, frame: F): void {
     catchUp.held.delete(frame.number);
     this.#events.replayed();
     this.#deliver(frame);
@@ -2897,7 +2908,7 @@ const FRAME_SIZE = 64 * 1024;
 const WAITING_OVERHEAD = 160;
 /** Up to so many other servers, a frame for at least as many rooms goes to everyone; measured against 64 keys. */
 const FEW_SERVERS = 8;
-/** With fewer keys than this, a frame for several rooms goes to those alone: they cost little, and a quiet server gets none. */
+/** With fewer keys than this, a frame for several rooms goes to those alone: few keys are cheap, and servers without these rooms get nothing. */
 const MANY_KEYS = 8;
 /** How many routing keys a frame has at most. RabbitMQ looks each of them up: 16 cost 10,000 messages/s, 64 4,000/s. */
 const MAX_KEYS = 64;
@@ -3134,7 +3145,7 @@ interface Outgoing {
 }
 /** Refused: a queue is full or gone; the others have the message. Lost: nobody knows, for the connection is lost. */
 type Outcome = "taken" | "refused" | "lost";
-/** Publishes a message. Calls back later. */
+/** Publishes a message. Calls back later, or at once with `lost` where the channel has just closed. */
 type Transmit = (message: Outgoing, confirmed: (outcome: Outcome) => void) => void;
 
 /** A frame that the broker has not confirmed yet. */
@@ -3217,7 +3228,7 @@ class Publisher {
   }
 
   /** Whether frames leave at once: the connection is up and the broker takes messages. */
-  get ready(): boolean {
+  get canPublish(): boolean {
     return this.#transmit !== undefined && !this.#blocked;
   }
 
@@ -3233,6 +3244,7 @@ class Publisher {
   /** Publishes what has not been confirmed once more, with its numbers, and then what waits. */
   up(transmit: Transmit): void {
     this.#transmit = transmit;
+    this.#bytesInFlight = 0;
     const before = this.#now() - this.#journalMs;
     for (const flight of this.#flights) {
       if (flight.at < before) this.#events.dropped(this.#withdraw(flight)); // peers may have forgotten whether they have it
@@ -3246,7 +3258,6 @@ class Publisher {
   down(): void {
     this.#transmit = undefined;
     this.#blocked = false;
-    this.#bytesInFlight = 0;
     this.#flights = this.#flights.filter(({ number }) => number > 0);
     this.batcher.drop(({ to }) => to.volatile);
     this.#checkDrained();
@@ -3270,7 +3281,7 @@ class Publisher {
   }
 
   add(to: Destination, parts: readonly Part[], bytes: number): void {
-    if (to.volatile && !this.ready) return;
+    if (to.volatile && !this.canPublish) return;
     if (this.#turnAt === undefined) {
       this.#turnAt = this.#now();
       this.#events.flushIn(0);
@@ -3281,7 +3292,7 @@ class Publisher {
 
   readonly flush = (): void => {
     this.#turnAt = undefined;
-    while (this.ready && this.#bytesInFlight < IN_FLIGHT && this.batcher.size > 0) {
+    while (this.canPublish && this.#bytesInFlight < IN_FLIGHT && this.batcher.size > 0) {
       if (this.#flights.length > 0 && this.batcher.mayGrow) {
         const spacing = this.#flights.length < WINDOW ? SPACING : STALLED_SPACING;
         const wait = this.#publishedAt + spacing - this.#now();
@@ -3296,7 +3307,7 @@ class Publisher {
     const { log, floor } = this;
     const before = this.#now() - this.#journalMs;
     while (log.first <= floor && (log.oldestAt ?? before) < before) log.forget();
-    const dropped = this.ready ? 0 : this.batcher.drop(({ at }) => at < before);
+    const dropped = this.canPublish ? 0 : this.batcher.drop(({ at }) => at < before);
     if (dropped > 0) this.#events.dropped(dropped);
   }
 
@@ -3367,10 +3378,14 @@ class Publisher {
 
 /** Unconfirmed frames before the one with this number: how many numbers back each is, and the digest of each of its keys. */
 function predecessorsIn(flights: readonly Flight[], next: number): number[] {
-  const numbered = flights.slice(-MAX_PREDECESSORS).filter(({ number }) => number > 0);
-  const predecessors = numbered
-    .reverse()
-    .flatMap(({ number, digests }) => digests.flatMap((digest) => [next - number, digest]));
+  const predecessors: number[] = [];
+  let count = 0;
+  for (let i = flights.length - 1; i >= 0 && count < MAX_PREDECESSORS; i--) {
+    const { number, digests } = flights[i]!;
+    if (number === 0) continue;
+    count++;
+    for (const digest of digests) predecessors.push(next - number, digest);
+  }
   return predecessors.slice(0, 2 * MAX_DIGESTS);
 }
 
@@ -3392,7 +3407,7 @@ class Routes {
   readonly #everyone: Destination;
   readonly #messages: Destination;
   /** By room. */
-  readonly #ready = new Map<Room, Destination>();
+  readonly #destinations = new Map<Room, Destination>();
   /** Rooms that sockets of other servers were made to join, and until when their packets go to everyone (ms, monotonic). */
   readonly #fromAfar = new Map<Room, number>();
 
@@ -3416,12 +3431,12 @@ class Routes {
     if (rooms.size === 0) return this.#everyone;
     const [room] = rooms;
     if (typeof room !== "string") return this.#withOptions(opts); // users pass `undefined` as well
-    const ready = this.#ready.get(room);
+    const ready = this.#destinations.get(room);
     if (ready) return ready;
     const destination = { ...this.#everyone, kind: SectionKind.Room, head: room, keys: this.#keys(rooms) };
     if (this.#fromAfar.has(room)) return destination;
-    if (this.#ready.size >= MAX_ROUTES) this.#ready.clear();
-    this.#ready.set(room, destination);
+    if (this.#destinations.size >= MAX_ROUTES) this.#destinations.clear();
+    this.#destinations.set(room, destination);
     return destination;
   }
 
@@ -3434,14 +3449,14 @@ class Routes {
 
   /** To one server. */
   direct(uid: string): Destination {
-    return { ...this.#messages, kind: SectionKind.Direct, keys: [serverKey(uid)] };
+    return { ...this.#messages, kind: SectionKind.Direct, head: uid, keys: [serverKey(uid)] };
   }
 
   /** Other servers' sockets are made to join these rooms. */
   joinFromAfar(rooms: Room[]): void {
-    for (const room of this.#fromAfar.keys()) if (this.#isFromAfar(room)) break; // the oldest stand first
+    for (const room of this.#fromAfar.keys()) if (this.#isFromAfar(room)) break; // removes the oldest, which stand first
     for (const room of rooms) {
-      this.#ready.delete(room);
+      this.#destinations.delete(room);
       this.#fromAfar.delete(room);
       this.#fromAfar.set(room, performance.now() + JOINED_FROM_AFAR);
     }
@@ -3549,7 +3564,7 @@ class Bindings {
   }
 
   /** A key may have to be bound or unbound. The promise resolves when one that is wanted is live. */
-  look(key: string): Promise<void> | undefined {
+  reconcile(key: string): Promise<void> | undefined {
     const wanted = this.#wants(key);
     if (wanted !== this.bound.get(key) && !this.#busy.has(key)) (wanted ? this.#joins : this.#leaves).add(key);
     const waiting = this.#waiting.get(key);
@@ -3563,9 +3578,9 @@ class Bindings {
     return join.promise;
   }
 
-  lookAtAll(): void {
-    for (const owner of this.#owners.values()) for (const key of [owner.key, ...owner.keys()]) void this.look(key);
-    for (const key of this.bound.keys()) void this.look(key);
+  reconcileAll(): void {
+    for (const owner of this.#owners.values()) for (const key of [owner.key, ...owner.keys()]) void this.reconcile(key);
+    for (const key of this.bound.keys()) void this.reconcile(key);
   }
 
   /** What to do next, if anything. `done()` follows. */
@@ -3573,10 +3588,10 @@ class Bindings {
     const rooms = this.bound.size + this.#unmade - this.#owners.size - Number(this.bound.has(EVERYTHING));
     if (this.#mayHaveExchanges && rooms > MAX_ROOM_EXCHANGES) {
       this.#mayHaveExchanges = false;
-      this.lookAtAll();
+      this.reconcileAll();
     }
     const change = this.#begin(EVERYTHING) ?? this.#beginOneOf(this.#joins) ?? this.#beginOneOf(this.#leaves);
-    return change ?? this.#beginOneOf(this.#renewals) ?? this.#begin(EVERYTHING); // where joins were no longer wanted
+    return change ?? this.#beginOneOf(this.#renewals) ?? this.#begin(EVERYTHING); // joins that are no longer wanted may have ended the need for it
   }
 
   done({ key, to }: BindingChange): void {
@@ -3586,9 +3601,9 @@ class Bindings {
       const digest = digestOf(key);
       if (!this.#gotSince.has(digest)) this.#gotSince.set(digest, Math.min(performance.now(), this.#everythingSince));
     }
-    void this.look(key);
+    void this.reconcile(key);
     if (this.#namespaceKey(key) !== key) return;
-    for (const room of this.#waiting.keys()) void this.look(room); // they wait for their namespace as well
+    for (const room of this.#waiting.keys()) void this.reconcile(room); // they wait for their namespace as well
   }
 
   /** Rooms' exchanges may have gone: they are bound once more. */
@@ -3608,7 +3623,7 @@ class Bindings {
   /** The queue goes: nobody waits for it, nothing more is bound, and only the rooms' exchanges are unbound. */
   end(): void {
     this.#ended = true;
-    for (const key of [...this.#waiting.keys(), ...this.viaExchange()]) void this.look(key);
+    for (const key of [...this.#waiting.keys(), ...this.viaExchange()]) void this.reconcile(key);
   }
 
   get #everythingSince(): number {
@@ -3745,7 +3760,7 @@ class Topology {
     await channel.consume(queue, (message) => this.#ended || receive(message), { noAck: true });
     const gone = before === undefined ? Promise.resolve() : removed(model, before);
     gone.then(() => {
-      this.bindings.lookAtAll();
+      this.bindings.reconcileAll();
       this.#idle.push(...lanes);
       this.#work();
     }, lose);
@@ -3758,7 +3773,7 @@ class Topology {
   }
 
   follow(key: string): Promise<void> | undefined {
-    const live = this.bindings.look(key);
+    const live = this.bindings.reconcile(key);
     this.#work();
     return live;
   }
@@ -3856,8 +3871,11 @@ async function openLane(model: AmqpConnection): Promise<Channel> {
 // ── Connections ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 interface ConnectionEvents {
-  /** Everything that has to be done on a new connection, at the start and after each loss. */
-  up(model: AmqpConnection, lose: Lose): Promise<void>;
+  /**
+   * Everything that has to be done on a new connection, at the start and after each loss. What it resolves to is called if
+   * the connection is still there, and takes it into use.
+   */
+  up(model: AmqpConnection, lose: Lose): Promise<() => void>;
   down(error: Error): void;
 }
 type Lose = (error: Error) => void;
@@ -3881,8 +3899,8 @@ const used = new WeakSet<AmqpConnection>();
 class Connection {
   /** Since when the connection is up (ms, monotonic); undefined while it is not. */
   upSince: number | undefined;
-  /** How often it has come up again. */
-  reconnects = -1;
+  /** How often it has come up. */
+  #times = 0;
   readonly #name: string;
   readonly #context: Context;
   readonly #events: ConnectionEvents;
@@ -3895,6 +3913,10 @@ class Connection {
     this.#name = name;
     this.#context = context;
     this.#events = events;
+  }
+
+  get reconnects(): number {
+    return Math.max(0, this.#times - 1);
   }
 
   start(): void {
@@ -3917,21 +3939,22 @@ class Connection {
       try {
         model = await this.#open(ended);
         watch(model, lose);
-        await Promise.race([this.#events.up(model, lose), ended]);
+        const use = await Promise.race([this.#events.up(model, lose), ended]);
+        use();
         this.upSince = performance.now();
-        this.reconnects++;
+        this.#times++;
         reported = undefined;
         this.#context.changed("connect", this.#name);
         await ended;
       } catch (reason) {
         const error = asError(reason);
-        if (this.upSince !== undefined) {
+        if (this.upSince !== undefined && !this.#closed) {
           if (performance.now() - this.upSince > STABLE) attempt = 0;
           this.#context.changed("disconnect", this.#name);
         }
         this.upSince = undefined;
         this.#events.down(error);
-        if (model) await release(model);
+        if (model) await closeConnection(model);
         if (this.#closed) return;
         // Once per outage, unless there is news.
         if (kindOf(error) !== reported) reports.report(explain(error, this.#name, settings.prefix));
@@ -3948,7 +3971,7 @@ class Connection {
     const opening = this.#connect();
     const model = await within(CONNECT_PATIENCE, Promise.race([opening, ended.catch(() => undefined)]));
     if (model) return model;
-    opening.then(release).catch(() => {}); // nobody waits for it any more
+    opening.then(closeConnection).catch(() => {}); // nobody waits for it any more
     throw new Error(`amqpConnection did not connect within ${CONNECT_PATIENCE} ms`);
   }
 
@@ -3979,7 +4002,7 @@ function watch(model: AmqpConnection, lose: Lose): void {
 }
 
 /** Closes what `amqpConnection` returned. */
-async function release(model: AmqpConnection): Promise<void> {
+async function closeConnection(model: AmqpConnection): Promise<void> {
   const ignore = (error: unknown) => debug("close: %s", asError(error).message);
   const emitter: NodeJS.EventEmitter = model;
   emitter.on("error", ignore); // one that came too late has no listener yet
@@ -4069,7 +4092,7 @@ const SectionKind = {
   Options: 2,
   /** `Message`s between servers, each a packet; no head. */
   Messages: 3,
-  /** The same, for one server. */
+  /** The same, for one server, which the head names: a replay brings it to others too. */
   Direct: 4,
 } as const;
 type SectionKind = (typeof SectionKind)[keyof typeof SectionKind];
@@ -4344,8 +4367,8 @@ type Progress = Record<"revision" | "number" | "floor", number>;
 type Control =
   /** What is open, and what was published; `reply` asks for the same. */
   | ({ type: "hello"; namespaces: string[]; shared: Shared; reply: boolean } & Progress)
-  /** Alive, with so many bound rooms. */
-  | ({ type: "beat"; rooms: number } & Progress)
+  /** Alive, with so many bound keys. */
+  | ({ type: "beat"; bindings: number } & Progress)
   /** Closing, after that number. */
   | { type: "bye"; number: number }
   /** Comes back if there is no queue. */
@@ -4401,7 +4424,7 @@ const MESSAGES: Record<Message["type"], Schema> = {
 const PROGRESS = { revision: isNumber, number: isNumber, floor: isNumber };
 const CONTROLS: Record<Control["type"], Schema> = {
   hello: { namespaces: listOf(isString), shared: isRecord, ...PROGRESS },
-  beat: { rooms: isNumber, ...PROGRESS },
+  beat: { bindings: isNumber, ...PROGRESS },
   bye: { number: isNumber },
   ping: {},
   missing: { uid: isString },
@@ -4409,13 +4432,10 @@ const CONTROLS: Record<Control["type"], Schema> = {
   begin: { id: isNumber, from: isNumber, to: isNumber },
 };
 
-function isOneOf<T extends { type: string }>(schemas: Record<T["type"], Schema>, value: unknown): value is T {
-  const type = isRecord(value) && value["type"];
-  return typeof type === "string" && Object.hasOwn(schemas, type) && fits(value, schemas[type as T["type"]]);
-}
-
 function verified<T extends { type: string }>(schemas: Record<T["type"], Schema>, value: unknown): T {
-  if (isOneOf(schemas, value)) return value;
+  const type = isRecord(value) && value["type"];
+  if (typeof type === "string" && Object.hasOwn(schemas, type) && fits(value, schemas[type as T["type"]]))
+    return value as T;
   throw new FrameError(`a message that is none of ${Object.keys(schemas).join(", ")}`);
 }
 
