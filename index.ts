@@ -119,8 +119,8 @@ export interface AdapterOptions extends NodeOptions {
    */
   heartbeatInterval?: number;
   /**
-   * After how many ms of silence a server is no longer counted or waited for. One whose process has ended is noticed in
-   * milliseconds, for its queue goes.
+   * After how many ms of silence a server is no longer counted or waited for. One whose process has ended is noticed sooner, for
+   * its queue goes: within 500 ms where it owes an answer, else when it misses a heartbeat.
    * @default 10_000
    */
   heartbeatTimeout?: number;
@@ -997,6 +997,8 @@ interface Legacy {
   isLater(packet: Delivered): boolean;
 }
 
+/** For how many ms a connection may have been dead before its client is known to be lost: Socket.IO's default is 45 s. */
+const UNNOTICED = 60_000;
 /** A position behind all others. */
 const LAST = Number.MAX_SAFE_INTEGER;
 
@@ -1046,6 +1048,14 @@ class DeliveryLog {
     this.position++;
     if (this.#looseBytes > Math.min(FRAME_SIZE, this.#maxBytes / 16)) this.#flush();
     return this.position;
+  }
+
+  /** A position that was reached before a time (ms, monotonic). */
+  positionBefore(time: number): number {
+    this.#flush();
+    let number = this.#frames.next - 1;
+    while ((this.#frames.timeOf(number) ?? -Infinity) >= time) number--;
+    return this.#baseOf(number);
   }
 
   /** The position of the latest packet for these rooms that is no longer there. */
@@ -1206,9 +1216,8 @@ class Sessions {
 
   /** Whether packets for a room or options are kept though there is no socket for them. */
   awaits(target: Target): boolean {
-    if (this.pinned.size === 0) return false;
     if (typeof target === "string") return this.pinned.has(target);
-    return target.rooms.size === 0 || [...target.rooms].some((room) => this.pinned.has(room));
+    return this.pinned.size > 0 && (target.rooms.size === 0 || [...target.rooms].some((room) => this.pinned.has(room)));
   }
 
   /** The client of a session that was found is about to be connected. */
@@ -1269,15 +1278,20 @@ class Sessions {
   giveAway(pids: readonly string[], offset: string | undefined): (HandedSession | Delivered)[] {
     const sessions = together(pids.flatMap((pid) => this.get(pid) ?? []));
     const now = performance.now();
+    const lostAt = sessions.reduce((first, { until }) => Math.min(first, until - this.#maxMs), now);
+    // What was written before that has come: a connection that had been dead for so long would have been closed.
+    const heard = offset === undefined && !sessions[0]?.legacy ? this.log.positionBefore(lostAt - UNNOTICED) : 0;
     let since = LAST;
     const handed = sessions.flatMap((session) => {
       const { legacy: _, until, ...rest } = session;
       const gone = this.#goneFor(session);
-      const position = offset === undefined ? session.base : this.#since(session, offset);
+      const base = Math.min(Math.max(session.base, heard), session.last);
+      const presented = base > session.base ? undefined : session.presented;
+      const position = offset === undefined ? behind(session, base) : this.#since(session, offset);
       this.drop(session);
       if (position === undefined || gone === LAST) return [];
       since = Math.min(since, position);
-      return [{ ...rest, gone, ms: until - now }];
+      return [{ ...rest, base, presented, gone, ms: until - now }];
     });
     return [...handed, ...this.#delivered(sessions, since)];
   }
@@ -1290,8 +1304,7 @@ class Sessions {
   /** Forgets sessions whose time is over, and what nobody can have missed any more. */
   expire(isUsed: (room: Room) => boolean): void {
     const now = performance.now();
-    // A connection may have been dead for a minute before its client is known to be lost.
-    this.log.expire(now - this.#maxMs - 60_000, (room) => isUsed(room) || this.pinned.has(room));
+    this.log.expire(now - this.#maxMs - UNNOTICED, (room) => isUsed(room) || this.pinned.has(room));
     for (const session of this.#kept.values()) if (isWaiting(session) && session.until < now) this.drop(session);
   }
 
@@ -1324,11 +1337,15 @@ class Sessions {
   /** Behind which position a client's missed packets are, by the offset that it presents; undefined where they are not known. */
   #since(session: Session, offset: string): number | undefined {
     const position = positionOf(offset, session);
-    // A client that has the last packet which was written to it has missed only what came after its loss.
-    const since = position === session.last ? session.lostAt : position;
+    const since = position === undefined ? undefined : behind(session, position);
     return since !== undefined && since >= this.#goneFor(session) ? since : undefined;
   }
 }
+
+/** Behind which position the missed packets are of a client that has come as far as this one. */
+const behind = ({ last, lostAt }: Session, position: number): number =>
+  // A client that has the last packet which was written to it has missed only what came after its loss.
+  position === last ? lostAt : position;
 
 const isWaiting = (session: Session | ComingSession): session is Session => "until" in session;
 
@@ -1358,6 +1375,8 @@ type Heard = { readonly heard: Record<string, number> };
 
 /** How long until a server is asked again that is not ready to hand a session over, in ms. */
 const ASK_LATER = 20;
+/** For how many ms after its start a server may not have heard of all others. */
+const ACQUAINTANCE = 1_000;
 
 /** Binds or unbinds rooms as they are wanted; resolves when all that are wanted are live. */
 type Follow = (rooms: Iterable<Room>) => Promise<void> | void;
@@ -1381,7 +1400,8 @@ class Handover {
   /** Takes a session over from the server that lost the client, or from any other; resolves with whether it is on its way. */
   async fetch(pid: string, offset: string, until: number): Promise<boolean> {
     if (this.#sessions.isComing(pid)) return true;
-    const [owner] = offset.split(".");
+    const [owner = ""] = offset.split(".");
+    await this.#meet(owner);
     const peers = this.#peers();
     for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
       if (this.isClosing || this.#sessions.get(pid)) break;
@@ -1481,6 +1501,16 @@ class Handover {
     }
     for (const session of sessions) this.#sessions.drop(session);
     return false;
+  }
+
+  /** Right after this server's start it has not heard of all others: waits for one of them, but not for long. */
+  async #meet(uid: string): Promise<void> {
+    await within(
+      ACQUAINTANCE,
+      this.#node.opened.promise.catch(() => {}),
+    );
+    const until = (this.#node.upSince ?? -Infinity) + ACQUAINTANCE;
+    while (performance.now() < until && !this.#peers().includes(uid)) await Bun.sleep(ASK_LATER);
   }
 
   /** The other servers that have the namespace open; none while the broker is away. */
@@ -1876,6 +1906,8 @@ interface Peer {
   replay?: { readonly id: number; readonly after: number | undefined; sentAt?: number } | undefined;
 }
 
+/** How often peers that owe an answer or a heartbeat are pinged, in ms. */
+const PROBE_INTERVAL = 500;
 /** At least this long between two announcements (ms), for a thousand namespaces that open one after the other. */
 const ANNOUNCE_INTERVAL = 20;
 /** After how many ms without a word of an answer a peer is asked again for what was missed. */
@@ -1988,13 +2020,20 @@ class Membership {
     return (this.#announcement ??= this.#announceSoon());
   }
 
+  /** Pings each peer that owes an answer or a heartbeat: if its queue is gone, the ping comes back, and nobody waits for it. */
+  probe(): void {
+    const { owing } = this.#requests;
+    const patience = this.#context.settings.heartbeatInterval + PROBE_INTERVAL;
+    for (const peer of this.peers.values())
+      if (peer.namespaces && (owing.has(peer.uid) || this.#silenceOf(peer) > patience))
+        this.#tell(peer.uid, { type: "ping" });
+  }
+
   /** Every `heartbeatInterval`. */
   beat(): void {
-    const { settings, upSince = performance.now() } = this.#context;
-    const { heartbeatTimeout, journal } = settings;
+    const { heartbeatTimeout, journal } = this.#context.settings;
     for (const peer of this.peers.values()) {
-      // Measured by what the queue delivers: after an outage nobody has been silent.
-      const silence = this.#heardAt - Math.max(peer.heardAt, upSince);
+      const silence = this.#silenceOf(peer);
       if (silence > heartbeatTimeout && peer.namespaces) this.#leaves(peer);
       if (silence <= heartbeatTimeout + journal.ms) continue; // it may come back, and publish again what has been seen
       this.#giveUp(peer, "is silent");
@@ -2003,6 +2042,11 @@ class Membership {
     const { number, floor } = this.#sender.publisher;
     const bindings = this.#receiver.countBound();
     void this.#sender.tell(ALL_SERVERS, { type: "beat", revision: this.#revision, number, floor, bindings });
+  }
+
+  /** For how many ms a peer has been silent, by what the queue delivers: after an outage nobody has been. */
+  #silenceOf({ heardAt }: Peer): number {
+    return this.#heardAt - Math.max(heardAt, this.#context.upSince ?? performance.now());
   }
 
   #onHello(peer: Peer, hello: Control & { type: "hello" }): void {
@@ -2088,12 +2132,10 @@ interface Request extends Answers {
 class Requests {
   readonly #open = new Map<string, Request>();
   readonly #uid: string;
-  readonly #sender: Sender;
   #count = 0;
 
-  constructor(uid: string, sender: Sender) {
+  constructor(uid: string) {
     this.#uid = uid;
-    this.#sender = sender;
   }
 
   /** Resolves when each of `peers` has said all or has left, or after `ms`, with how many have not. */
@@ -2120,10 +2162,9 @@ class Requests {
     for (const request of this.#open.values()) this.#finish(request, uid);
   }
 
-  /** Pings each peer that owes an answer: if its queue is gone, the ping comes back, and nobody waits for it. */
-  probe(): void {
-    const owing = new Set([...this.#open.values()].flatMap((request) => [...request.owing]));
-    for (const uid of owing) void this.#sender.tell(serverKey(uid), { type: "ping" });
+  /** Peers that have not said all. */
+  get owing(): Set<string> {
+    return new Set(this.#open.values().flatMap((request) => request.owing));
   }
 
   close(): void {
@@ -2137,8 +2178,6 @@ class Requests {
   }
 }
 
-/** How often it is looked whether peers that owe an answer still have a queue, in ms. */
-const PROBE_INTERVAL = 500;
 /** How many bindings are cheap to scan. */
 const FEW_BINDINGS = 500;
 /** What the header and a replay add to a packet, at most (bytes). */
@@ -2590,7 +2629,7 @@ class Node implements Context {
       frame: (frame, again) => this.#inbox.onFrame(frame, again),
       isBack: () => this.#inbox.startCatchUp(),
     });
-    this.requests = new Requests(this.uid, this.sender);
+    this.requests = new Requests(this.uid);
     this.membership = new Membership(this, this.sender, this.receiver, this.requests);
     this.#inbox = new Inbox(this, this.membership, this.sender, this.receiver);
   }
@@ -2632,7 +2671,7 @@ class Node implements Context {
         this.membership.beat();
       }, this.settings.heartbeatInterval),
       setInterval(() => this.#inbox.askAll(), 100),
-      setInterval(() => this.requests.probe(), PROBE_INTERVAL),
+      setInterval(() => this.membership.probe(), PROBE_INTERVAL),
     );
   }
 
@@ -3073,8 +3112,13 @@ class SentLog {
 
   /** When the oldest frame was made (ms, monotonic); undefined if there is none. */
   get oldestAt(): number | undefined {
-    const [block] = this.#blocks;
-    return block?.times[this.first - block.first];
+    return this.timeOf(this.first);
+  }
+
+  /** When a frame that is held was made (ms, monotonic). */
+  timeOf(number: number): number | undefined {
+    const block = this.#blockOf(number);
+    return block?.times[number - block.first];
   }
 
   /** Room for the frame with the next number. Numbers up to `floor` may be forgotten for it. */
@@ -3096,8 +3140,7 @@ class SentLog {
 
   /** A frame that is held. Its bytes may be overwritten after the next `append()`. */
   get(number: number): Buffer | undefined {
-    if (number < this.first || number >= this.next) return undefined;
-    const block = this.#blocks.findLast(({ first }) => first <= number);
+    const block = this.#blockOf(number);
     if (!block) return undefined;
     const { ends, buffer, first } = block;
     const start = ends[number - first - 1] ?? 0;
@@ -3124,6 +3167,11 @@ class SentLog {
     this.#blocks.shift();
     const isReusable = this.#blocks.length > 0 && block.buffer.length === this.#blockSize;
     this.#spare = isReusable ? block.buffer : undefined;
+  }
+
+  #blockOf(number: number): Block | undefined {
+    if (number < this.first || number >= this.next) return undefined;
+    return this.#blocks.findLast(({ first }) => first <= number);
   }
 
   #allocate(size: number): Buffer {
