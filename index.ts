@@ -975,6 +975,8 @@ interface HandedSession extends SocketSession, Trail {
   /** For how many ms it waits yet. */
   readonly ms: number;
 }
+/** Sessions and packets of one group have the same history. */
+type InGroup = { readonly group: number };
 /** A session that is on its way: from another server, or to its client. */
 interface ComingSession {
   readonly pid: string;
@@ -1153,7 +1155,6 @@ class Sessions {
   readonly #kept = new Map<string, Session | ComingSession>();
   /** Sessions whose clients are about to be connected, and what these have presented. */
   readonly #arriving = new Map<SocketId, ComingSession & { readonly session: Session; readonly offset: string }>();
-  /** Of each socket. */
   readonly #trails = new Map<SocketId, Trail>();
 
   /** `unpinned`: rooms need not stay bound for sessions any more. */
@@ -1185,9 +1186,8 @@ class Sessions {
     return this.#kept.values().some((session) => !isWaiting(session));
   }
 
-  /** Sessions with one history, whose positions compare: all that were lost here, or all that came here together. */
-  get together(): Session[] {
-    return together([...this.#kept.values()].filter(isWaiting));
+  get waiting(): Session[] {
+    return [...this.#kept.values()].filter(isWaiting);
   }
 
   /** From here on the rooms of a session stay bound. */
@@ -1271,12 +1271,15 @@ class Sessions {
     if (trail) this.keep({ ...session, ...trail, ...own });
   }
 
-  /**
-   * Gives sessions away, as far as they can be handed over together, with what their clients have missed behind an offset, or
-   * behind whatever they may present.
-   */
-  giveAway(pids: readonly string[], offset: string | undefined): (HandedSession | Delivered)[] {
-    const sessions = together(pids.flatMap((pid) => this.get(pid) ?? []));
+  /** Gives sessions away, with what their clients have missed behind an offset, or behind whatever they may present. */
+  giveAway(pids: readonly string[], offset: string | undefined): (InGroup & (HandedSession | Delivered))[] {
+    const sessions = pids.flatMap((pid) => this.get(pid) ?? []);
+    // Positions compare where the history is the same: of all that were lost here, and of all that came here together.
+    const groups = [...Map.groupBy(sessions, ({ legacy }) => legacy).values()];
+    return groups.flatMap((sessions, group) => this.#give(sessions, offset).map((item) => ({ ...item, group })));
+  }
+
+  #give(sessions: readonly Session[], offset: string | undefined): (HandedSession | Delivered)[] {
     const now = performance.now();
     const lostAt = sessions.reduce((first, { until }) => Math.min(first, until - this.#maxMs), now);
     // What was written before that has come: a connection that had been dead for so long would have been closed.
@@ -1349,10 +1352,6 @@ const behind = ({ last, lostAt }: Session, position: number): number =>
 
 const isWaiting = (session: Session | ComingSession): session is Session => "until" in session;
 
-/** Those of these sessions that can be handed over together with the first one. */
-const together = (sessions: readonly Session[]): Session[] =>
-  sessions.filter(({ legacy }) => legacy === sessions[0]?.legacy);
-
 /** What an offset, an owner's name and a position, stands for that the client may have; undefined for any other. */
 function positionOf(offset: string, { owner, base, last, presented }: Trail & { owner: string }): number | undefined {
   if (offset === presented?.offset) return presented.position;
@@ -1410,12 +1409,12 @@ class Handover {
     return this.#sessions.isComing(pid);
   }
 
-  /** A peer asks for the session of a client that has come to it, or for all: gives those that it may claim together. */
+  /** A peer asks for the session of a client that has come to it, or for all: gives those that it may claim. */
   onFind({ pid, offset = "" }: LostClient): Found[] {
     if (pid !== undefined && this.#sessions.isComing(pid)) return [{ isMoving: true }];
     const found =
       pid === undefined
-        ? this.#sessions.together
+        ? this.#sessions.waiting
         : [this.#sessions.find(pid, offset)].filter((session) => session !== undefined);
     return found.flatMap((session) => {
       if (lengthOf(session.data) < Infinity) return [{ pid: session.pid, rooms: session.rooms }];
@@ -1444,7 +1443,7 @@ class Handover {
     const refusing = new Set<string>();
     const offer = (id: string): Message => ({ type: "offer", id });
     while (performance.now() < until) {
-      const [session] = this.#sessions.together;
+      const [session] = this.#sessions.waiting;
       const peer = this.#peers().find((uid) => !refusing.has(uid));
       if (session && peer) {
         await this.#ask([peer], until, offer, () => {});
@@ -1492,7 +1491,9 @@ class Handover {
           // Own ones and those of other AMQP clients have no number.
           return number > 0 ? number > (heard[sender] ?? 0) : position > claimedAt;
         };
-        this.#sessions.inherit(items.filter(isHandedSession), { delivered: items.filter(isDelivered), begin, isLater });
+        const delivered = Map.groupBy(items.filter(isDelivered), groupOf);
+        for (const [group, handed] of Map.groupBy(items.filter(isHandedSession), groupOf))
+          this.#sessions.inherit(handed, { delivered: delivered.get(group) ?? [], begin, isLater });
         isTaken = true;
       };
       // Not while frames are held here that may be in the answer: they would come to the client once more.
@@ -1671,9 +1672,10 @@ function answersPing(conn: Connected): Promise<boolean> {
 
 const isFound = (item: unknown): item is Found =>
   isRecord(item) && (item["isMoving"] === true || (isString(item["pid"]) && isRooms(item["rooms"])));
-const isHandedSession = (item: unknown): item is HandedSession =>
+const groupOf = ({ group }: InGroup): number => group;
+const isHandedSession = (item: unknown): item is HandedSession & InGroup =>
   isRecord(item) && [item["sid"], item["pid"], item["owner"]].every(isString) && isRooms(item["rooms"]);
-const isDelivered = (item: unknown): item is Delivered =>
+const isDelivered = (item: unknown): item is Delivered & InGroup =>
   isRecord(item) && isRooms(item["rooms"]) && isRooms(item["except"]) && isParts(item["parts"]);
 const isHeard = (item: unknown): item is Heard => isRecord(item) && isRecord(item["heard"]);
 
