@@ -363,6 +363,16 @@ describe("a broadcast to", () => {
   });
 });
 
+describe("volatile packets", () => {
+  test("of several emits reach a client of another server that takes them, though they come together", async () => {
+    const { a, cat } = await crew();
+    for (let n = 0; n < 20; n++) a.io.to("blue").volatile.emit("n", n);
+    a.io.emit("end");
+    await received(cat.client, "end");
+    expect(cat.heard.slice(0, -1)).toEqual(Array.from({ length: 20 }, (_, n) => ["n", n]));
+  });
+});
+
 describe("a room named", () => {
   const names: [what: string, room: string | number][] = [
     ["by a number", 42],
@@ -2126,6 +2136,33 @@ describe("an outage", () => {
     emitter.emit("hello");
     await eventually(() => expect(cat.heard).toEqual([["hello"]]));
     expect(said.filter((text) => text.includes('"ask"'))).toEqual([]);
+  });
+
+  test("after which a sender closes before the others are back loses nothing", async () => {
+    const links = await Promise.all([Proxy.open(broker.port), Proxy.open(broker.port)]);
+    const [near, far] = links.map(
+      ({ port }) =>
+        () =>
+          connect(`amqp://guest:guest@127.0.0.1:${port}`),
+    );
+    const b = await start({ amqpConnection: far! });
+    const emitter = createEmitter({ amqpConnection: near!, prefix, onError: () => {} });
+    await Promise.all([b.adapter.ready, emitter.ready]);
+    const bob = await join(b, ["red"]);
+    emitter.to("red").emit("n", 0);
+    await received(bob.client, "n");
+    for (const link of links) link.cut();
+    emitter.to("red").emit("n", 1);
+    links[0]?.heal();
+    const closed = emitter.close();
+    const last = received(bob.client, "n");
+    await Bun.sleep(500);
+    links[1]?.heal();
+    await closed;
+    expect(await last).toEqual([1]);
+    await b.adapter.close();
+    for (const link of links) link.close();
+    errorsOf(b);
   });
 
   test("whose sender closes while it replays loses nothing", async () => {

@@ -357,6 +357,7 @@ interface Decoder {
 }
 /** A connection of Engine.IO. */
 interface Connected {
+  readonly transport: { readonly writable: boolean };
   close(): void;
   once(event: "heartbeat" | "close", listener: () => void): unknown;
   sendPacket(type: "ping"): void;
@@ -534,6 +535,8 @@ class BoundAdapter extends Adapter {
 
 /** The local side of a namespace: its sockets, what is written to them, and what peers ask of them. */
 class LocalAdapter extends BoundAdapter {
+  readonly #writable = new Set<Connected>();
+
   /** @internal Packets of a peer, handed to the local sockets as they are. */
   onPackets(section: Section, packets: () => Part[][], origin: Frame): void {
     const target = targetOf(section);
@@ -554,7 +557,8 @@ class LocalAdapter extends BoundAdapter {
     const { sockets, target, origin, packets, decoded } = delivery;
     if (sockets.length === 0 && !this.recovery?.sessions.awaits(target)) return;
     const { volatile, compress } = (typeof target === "string" ? undefined : target.flags) ?? {};
-    const options = { preEncoded: true, volatile, compress };
+    const isRemote = origin.sender !== this.node.uid;
+    const options = { preEncoded: true, volatile: volatile && !isRemote, compress };
     for (const parts of this.recovery ? this.recovery.written(delivery) : packets()) {
       let packet = decoded;
       for (const socket of sockets) {
@@ -562,15 +566,27 @@ class LocalAdapter extends BoundAdapter {
           try {
             socket.notifyOutgoingListeners?.((packet ??= decode(this.nsp, parts)));
           } catch (error) {
-            if (origin.sender === this.node.uid) throw error; // into the emit() of the user who can mend it
+            if (!isRemote) throw error; // into the emit() of the user who can mend it
             this.node.reports.report(
               new Error(`An outgoing listener threw: ${asError(error).message}`, { cause: error }),
             );
           }
         }
-        socket.client.writeToEngine(parts, options);
+        if (!volatile || !isRemote || this.#isWritable(socket.client.conn)) socket.client.writeToEngine(parts, options);
       }
     }
+  }
+
+  /**
+   * Whether a client took packets when this turn of the event loop began. What others have emitted in several turns comes in
+   * one: Socket.IO would drop all volatile packets but the first.
+   */
+  #isWritable(conn: Connected): boolean {
+    if (this.#writable.has(conn)) return true;
+    if (!conn.transport.writable) return false;
+    if (this.#writable.size === 0) queueMicrotask(() => this.#writable.clear());
+    this.#writable.add(conn);
+    return true;
   }
 
   protected localSockets(opts: BroadcastOptions): Socket[] {
@@ -1873,6 +1889,15 @@ class Reports {
     this.report(error);
   }
 
+  /** Settings that must be the same on all servers, and are not. */
+  compare(uid: string, ours: Shared, theirs: Shared): void {
+    for (const [name, value] of Object.entries(ours)) {
+      if (theirs[name] === undefined || theirs[name] === value) continue;
+      const values = `${Bun.inspect(value)} here and ${Bun.inspect(theirs[name])} on peer ${uid}`;
+      this.once(`${name} of ${uid}`, new Error(`${name} is ${values}; give all servers the same`));
+    }
+  }
+
   /** A message that cannot be read or handled; it costs no other. */
   unreadable(error: Error, source: string): void {
     const what = error instanceof FrameError ? "Dropped" : "Failed to handle a message:";
@@ -2031,6 +2056,14 @@ class Membership {
         this.#tell(peer.uid, { type: "ping" });
   }
 
+  /** Right after an outage: resolves when all peers are back, which ask for what they have missed, or have had the time to be. */
+  async reunited(until: number): Promise<void> {
+    const isAway = ({ namespaces, greetedAt = 0 }: Peer) =>
+      namespaces !== undefined && greetedAt < (this.#context.upSince ?? Infinity);
+    const isSoon = () => performance.now() < Math.min(until, (this.#sender.connection.upSince ?? 0) + GRACE);
+    while (isSoon() && this.peers.values().some(isAway)) await Bun.sleep(20);
+  }
+
   /** Every `heartbeatInterval`. */
   beat(): void {
     const { heartbeatTimeout, journal } = this.#context.settings;
@@ -2059,7 +2092,7 @@ class Membership {
     peer.askAt = 0; // its queue is back
     peer.stream.hears(hello.number, hello.floor);
     if (hello.reply) this.#tell(peer.uid, this.#hello(false));
-    this.#compare(peer.uid, hello.shared);
+    this.#context.reports.compare(peer.uid, this.#shared, hello.shared);
   }
 
   async #announceSoon(): Promise<boolean> {
@@ -2104,15 +2137,6 @@ class Membership {
     if (last !== undefined && missing === 0) return;
     const what = missing > 0 ? `${missing} frames` : "frames";
     this.#context.reports.report(new Error(`Peer ${uid} ${why}: ${what} after number ${cursor ?? 0} may be lost`));
-  }
-
-  /** Reports settings that must be the same on all servers, and are not. */
-  #compare(uid: string, theirs: Shared): void {
-    for (const [name, ours] of Object.entries(this.#shared)) {
-      if (theirs[name] === undefined || theirs[name] === ours) continue;
-      const values = `${Bun.inspect(ours)} here and ${Bun.inspect(theirs[name])} on peer ${uid}`;
-      this.#context.reports.once(`${name} of ${uid}`, new Error(`${name} is ${values}; give all servers the same`));
-    }
   }
 }
 
@@ -2723,7 +2747,10 @@ class Node implements Context {
 
   async #close(ms: number): Promise<void> {
     this.requests.close();
-    const left = await this.sender.close(ms);
+    const until = performance.now() + ms;
+    await within(ms, this.sender.publisher.drained());
+    await this.membership.reunited(until);
+    const left = await this.sender.close(until - performance.now());
     this.#timers.forEach(clearInterval); // until here, what was missed is asked for
     await Promise.all([this.receiver.close(left > 0 ? 0 : UNBIND_PATIENCE), this.sender.connection.close()]);
     this.opened.reject(new Error("Closed before it was ready"));
