@@ -2768,6 +2768,15 @@ describe("an adapter", () => {
     expect((await queues()).map(({ name }) => name)).toEqual([expect.stringContaining(node.adapter.uid)]);
   });
 
+  test("knows the other servers when it is ready", async () => {
+    const { people } = await crew();
+    const d = await start();
+    await d.adapter.ready;
+    expect(await d.adapter.serverCount()).toBe(4);
+    expect(await d.io.fetchSockets()).toHaveLength(3);
+    expect(await d.io.timeout(2_000).emitWithAck("name?")).toHaveLength(Object.keys(people).length);
+  });
+
   test("says which connection comes and goes", async () => {
     const node = await start();
     const said: string[] = [];

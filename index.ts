@@ -714,7 +714,7 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
     queueMicrotask(() => void this.init()); // Socket.IO calls it from 4.8.2 on
   }
 
-  /** Resolves once connected, bound and announced; rejects if the adapter is closed before. */
+  /** Resolves once connected and bound, and the other servers are known; rejects if the adapter is closed before. */
   get ready(): Promise<void> {
     return this.opened.promise;
   }
@@ -1390,8 +1390,8 @@ type Heard = { readonly heard: Record<string, number> };
 
 /** How long until a server is asked again that is not ready to hand a session over, in ms. */
 const ASK_LATER = 20;
-/** For how many ms after its start a server may not have heard of all others. */
-const ACQUAINTANCE = 1_000;
+/** How long a client that comes back is held while its server starts, in ms. */
+const START_PATIENCE = 1_000;
 
 /** Binds or unbinds rooms as they are wanted; resolves when all that are wanted are live. */
 type Follow = (rooms: Iterable<Room>) => Promise<void> | void;
@@ -1415,8 +1415,11 @@ class Handover {
   /** Takes a session over from the server that lost the client, or from any other; resolves with whether it is on its way. */
   async fetch(pid: string, offset: string, until: number): Promise<boolean> {
     if (this.#sessions.isComing(pid)) return true;
-    const [owner = ""] = offset.split(".");
-    await this.#meet(owner);
+    const [owner] = offset.split(".");
+    await within(
+      START_PATIENCE,
+      this.#node.opened.promise.catch(() => {}),
+    ); // until it is open, this server knows no other
     const peers = this.#peers();
     for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
       if (this.isClosing || this.#sessions.get(pid)) break;
@@ -1518,16 +1521,6 @@ class Handover {
     }
     for (const session of sessions) this.#sessions.drop(session);
     return false;
-  }
-
-  /** Right after this server's start it has not heard of all others: waits for one of them, but not for long. */
-  async #meet(uid: string): Promise<void> {
-    await within(
-      ACQUAINTANCE,
-      this.#node.opened.promise.catch(() => {}),
-    );
-    const until = (this.#node.upSince ?? -Infinity) + ACQUAINTANCE;
-    while (performance.now() < until && !this.#peers().includes(uid)) await Bun.sleep(ASK_LATER);
   }
 
   /** The other servers that have the namespace open; none while the broker is away. */
@@ -1827,7 +1820,7 @@ interface Origin {
 /** A namespace of this server, as its node sees it: an adapter. */
 interface Tenant extends RoomOwner {
   readonly nsp: { readonly name: string };
-  /** Settled when the namespace is bound and announced, or closed. */
+  /** Settled when the namespace is bound and the other servers are known, or closed. */
   readonly opened: PromiseWithResolvers<void>;
   /** Packets of a peer: what for, and encoded by the peer. */
   onPackets(section: Section, packets: () => Part[][], frame: Frame): void;
@@ -1937,6 +1930,8 @@ interface Peer {
 const PROBE_INTERVAL = 500;
 /** At least this long between two announcements (ms), for a thousand namespaces that open one after the other. */
 const ANNOUNCE_INTERVAL = 20;
+/** How long answers to a server's first hello are waited for, beyond two times to the broker and back, in ms. */
+const MEETING = 20;
 /** After how many ms without a word of an answer a peer is asked again for what was missed. */
 const ASK_AGAIN = 500;
 /** For how many ms after an outage, this server's or a peer's, the peer's queue may not be back yet. */
@@ -2054,6 +2049,11 @@ class Membership {
     for (const peer of this.peers.values())
       if (peer.namespaces && (owing.has(peer.uid) || this.#silenceOf(peer) > patience))
         this.#tell(peer.uid, { type: "ping" });
+  }
+
+  /** After the first hello, whose confirm took some ms: resolves when no more peers answer it. */
+  async meet(confirmMs: number): Promise<void> {
+    for (let known = -1; known < this.peers.size; await Bun.sleep(2 * confirmMs + MEETING)) known = this.peers.size;
   }
 
   /** Right after an outage: resolves when all peers are back, which ask for what they have missed, or have had the time to be. */
@@ -2632,12 +2632,13 @@ class Node implements Context {
   readonly receiver: Receiver;
   readonly membership: Membership;
   readonly requests: Requests;
-  /** Connected, bound and announced for the first time. */
+  /** Connected, bound, announced and acquainted with the peers for the first time. */
   readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
   closing: Promise<void> | undefined;
   readonly #routes = new Map<string, Routes>();
   readonly #inbox: Inbox;
   readonly #timers: Timeout[] = [];
+  #acquainted: Promise<void> | undefined;
 
   constructor(settings: Settings, onError?: (error: Error) => void) {
     this.settings = settings;
@@ -2767,7 +2768,10 @@ class Node implements Context {
 
   async #announce(greets = false): Promise<void> {
     const { liveTenants } = this.receiver;
-    if (await this.membership.announce(greets)) for (const { opened } of [...liveTenants, this]) opened.resolve();
+    const announcedAt = performance.now();
+    if (!(await this.membership.announce(greets))) return;
+    await (this.#acquainted ??= this.membership.meet(performance.now() - announcedAt));
+    for (const { opened } of [...liveTenants, this]) opened.resolve();
   }
 }
 
