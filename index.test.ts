@@ -1687,6 +1687,7 @@ describe("a connection", () => {
     await refused;
     await cat.socket.leave("green");
     await eventually(async () => expect(await exchanges()).not.toContain(`${prefix}#/#green`), 20_000);
+    await c.adapter.close(); // before its user is deleted
     errorsOf(c);
   }, 60_000);
 

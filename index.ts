@@ -1846,6 +1846,8 @@ interface Context {
   readonly tenants: ReadonlyMap<string, Tenant>;
   /** Since when both connections are up (ms, monotonic); undefined while one is not. */
   readonly upSince: number | undefined;
+  readonly opened: PromiseWithResolvers<void>;
+  readonly shared: Shared;
   /** A connection is up or lost. */
   changed(event: "connect" | "disconnect", connection: string): void;
 }
@@ -1948,7 +1950,8 @@ class Membership {
   readonly #requests: Requests;
   #revision = 0;
   /** The announcement that is about to be made, and whether it asks the others for theirs. */
-  #announcement: Promise<boolean> | undefined;
+  #announcement: Promise<void> | undefined;
+  #acquainted: Promise<void> | undefined;
   #greets = false;
   #announcedAt = -Infinity;
   /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
@@ -2035,8 +2038,8 @@ class Membership {
     if (now - peer.queueGoneAt >= RETURN) this.#giveUp(peer, "has no queue any more");
   }
 
-  /** Tells everyone what is open here; resolves with whether that is done. What changes until then goes with it. */
-  announce(greets = false): Promise<boolean> {
+  /** Tells everyone what is open here, which is then open for its users too. What changes until it is sent goes with it. */
+  announce(greets = false): Promise<void> {
     this.#revision++;
     this.#greets ||= greets;
     return (this.#announcement ??= this.#announceSoon());
@@ -2049,11 +2052,6 @@ class Membership {
     for (const peer of this.peers.values())
       if (peer.namespaces && (owing.has(peer.uid) || this.#silenceOf(peer) > patience))
         this.#tell(peer.uid, { type: "ping" });
-  }
-
-  /** After the first hello, whose confirm took some ms: resolves when no more peers answer it. */
-  async meet(confirmMs: number): Promise<void> {
-    for (let known = -1; known < this.peers.size; await Bun.sleep(2 * confirmMs + MEETING)) known = this.peers.size;
   }
 
   /** Right after an outage: resolves when all peers are back, which ask for what they have missed, or have had the time to be. */
@@ -2092,28 +2090,31 @@ class Membership {
     peer.askAt = 0; // its queue is back
     peer.stream.hears(hello.number, hello.floor);
     if (hello.reply) this.#tell(peer.uid, this.#hello(false));
-    this.#context.reports.compare(peer.uid, this.#shared, hello.shared);
+    this.#context.reports.compare(peer.uid, this.#context.shared, hello.shared);
   }
 
-  async #announceSoon(): Promise<boolean> {
+  async #announceSoon(): Promise<void> {
     await Bun.sleep(Math.max(0, this.#announcedAt + ANNOUNCE_INTERVAL - performance.now()));
     this.#announcement = undefined;
-    if (this.#context.upSince === undefined) return false; // the next connection announces
-    this.#announcedAt = performance.now();
+    if (this.#context.upSince === undefined) return; // the next connection announces
+    const announcedAt = (this.#announcedAt = performance.now());
+    const tenants = this.#receiver.liveTenants;
     const hello = this.#hello(this.#greets);
     this.#greets = false;
-    return this.#sender.tell(ALL_SERVERS, hello);
+    if (!(await this.#sender.tell(ALL_SERVERS, hello))) return;
+    await (this.#acquainted ??= this.#meet(performance.now() - announcedAt));
+    for (const { opened } of [...tenants, this.#context]) opened.resolve();
+  }
+
+  /** After the first hello, whose confirm took some ms: resolves when no more peers answer it. */
+  async #meet(confirmMs: number): Promise<void> {
+    for (let known = -1; known < this.peers.size; await Bun.sleep(2 * confirmMs + MEETING)) known = this.peers.size;
   }
 
   #hello(reply: boolean): Control {
     const { number, floor } = this.#sender.publisher;
     const namespaces = this.#receiver.liveTenants.map(({ nsp }) => nsp.name);
-    return { type: "hello", revision: this.#revision, reply, namespaces, number, floor, shared: this.#shared };
-  }
-
-  get #shared(): Shared {
-    const [tenant] = this.#context.tenants.values();
-    return tenant?.shared ?? {};
+    return { type: "hello", revision: this.#revision, reply, namespaces, number, floor, shared: this.#context.shared };
   }
 
   /** A peer closes, or nobody can reach it: nobody waits for its answers. */
@@ -2638,7 +2639,6 @@ class Node implements Context {
   readonly #routes = new Map<string, Routes>();
   readonly #inbox: Inbox;
   readonly #timers: Timeout[] = [];
-  #acquainted: Promise<void> | undefined;
 
   constructor(settings: Settings, onError?: (error: Error) => void) {
     this.settings = settings;
@@ -2683,6 +2683,11 @@ class Node implements Context {
     return consuming === undefined || publishing === undefined ? undefined : Math.max(consuming, publishing);
   }
 
+  get shared(): Shared {
+    const [tenant] = this.tenants.values();
+    return tenant?.shared ?? {};
+  }
+
   changed(event: "connect" | "disconnect", connection: string): void {
     if (event === "connect") this.#resume();
     for (const tenant of this.tenants.values()) tenant.onConnection(event, connection);
@@ -2720,7 +2725,7 @@ class Node implements Context {
     this.tenants.set(tenant.nsp.name, tenant);
     this.start();
     for (const key of replaced?.keys() ?? []) void this.receiver.follow(key);
-    void Promise.resolve(this.receiver.follow(tenant.key)).then(() => this.#announce());
+    void Promise.resolve(this.receiver.follow(tenant.key)).then(() => this.membership.announce());
   }
 
   /** A namespace closes. The last one closes the connections. */
@@ -2738,7 +2743,7 @@ class Node implements Context {
     this.tenants.delete(name);
     this.#routes.delete(name);
     for (const key of [tenant.key, ...tenant.keys()]) void this.receiver.follow(key);
-    await this.#announce();
+    await this.membership.announce();
   }
 
   /** Waits up to `ms` for the broker to confirm what was sent; rejects if it has not. Leaves nothing on the broker. */
@@ -2762,16 +2767,8 @@ class Node implements Context {
   #resume(): void {
     if (this.upSince === undefined) return;
     this.reports.outageEnds();
-    void this.#announce(true);
+    void this.membership.announce(true);
     this.#inbox.askAll();
-  }
-
-  async #announce(greets = false): Promise<void> {
-    const { liveTenants } = this.receiver;
-    const announcedAt = performance.now();
-    if (!(await this.membership.announce(greets))) return;
-    await (this.#acquainted ??= this.membership.meet(performance.now() - announcedAt));
-    for (const { opened } of [...liveTenants, this]) opened.resolve();
   }
 }
 
