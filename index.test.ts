@@ -2139,6 +2139,32 @@ describe("an outage", () => {
     expect(said.filter((text) => text.includes('"ask"'))).toEqual([]);
   });
 
+  test("at the start loses nothing of what the servers emit until the broker is there", async () => {
+    const links = await Promise.all([Proxy.open(broker.port), Proxy.open(broker.port)]);
+    const early = await start();
+    const outsider = await join(early, ["red"]);
+    for (let n = 0; n < 3; n++) early.io.to("red").emit("n", "too early");
+    await eventually(() => expect(early.adapter.stats.unconfirmed).toBe(0));
+    await Bun.sleep(50);
+    for (const link of links) link.cut();
+    const [a, b] = await Promise.all(
+      links.map(({ port }) => start({ amqpConnection: () => connect(`amqp://guest:guest@127.0.0.1:${port}`) })),
+    );
+    const [near, far] = [a!, b!];
+    await Promise.all([once(near.adapter, "error"), once(far.adapter, "error")]);
+    const bob = await join(far, ["red"]);
+    for (let n = 0; n < 3; n++) near.io.to("red").emit("n", n);
+    links[0]?.heal();
+    await near.adapter.ready;
+    await eventually(() => expect(near.adapter.stats).toMatchObject({ queued: 0, unconfirmed: 0 }));
+    links[1]?.heal();
+    await eventually(() => expect(bob.heard.map(([, n]) => n)).toEqual([0, 1, 2]), 4_000);
+    expect(outsider.heard.map(([, n]) => n).slice(-3)).toEqual([0, 1, 2]);
+    await Promise.all([near.adapter.close(), far.adapter.close()]);
+    for (const link of links) link.close();
+    for (const node of [early, near, far]) errorsOf(node);
+  });
+
   test("after which a sender closes before the others are back loses nothing", async () => {
     const links = await Promise.all([Proxy.open(broker.port), Proxy.open(broker.port)]);
     const [near, far] = links.map(

@@ -1071,9 +1071,7 @@ class DeliveryLog {
   /** A position that was reached before a time (ms, monotonic). */
   positionBefore(time: number): number {
     this.#flush();
-    let number = this.#frames.next - 1;
-    while ((this.#frames.timeOf(number) ?? -Infinity) >= time) number--;
-    return this.#baseOf(number);
+    return this.#baseOf(this.#frames.firstSince(time) - 1);
   }
 
   /** The position of the latest packet for these rooms that is no longer there. */
@@ -2289,7 +2287,7 @@ class Sender {
   }
 
   /** Answers a peer that asks for what it has missed: the frames of the log, one by one, straight to the peer's queue. */
-  replay(peer: Peer, { id, after }: Control & { type: "ask" }): void {
+  replay(peer: Peer, { id, after, ms }: Control & { type: "ask" }): void {
     const { replay: latest } = peer;
     const now = performance.now();
     const patience = this.#context.settings.heartbeatTimeout;
@@ -2297,7 +2295,7 @@ class Sender {
     if (latest?.id === id && latest.after === after && now - (latest.sentAt ?? now) < patience) return;
     const replay = { id, after };
     peer.replay = replay;
-    const sent = this.#sendAgain(peer, replay);
+    const sent = this.#sendAgain(peer, replay, now - (ms ?? 0));
     this.#replayed = this.#replayed.then(() => sent);
   }
 
@@ -2325,12 +2323,12 @@ class Sender {
     return left;
   }
 
-  async #sendAgain(peer: Peer, replay: NonNullable<Peer["replay"]>): Promise<void> {
+  async #sendAgain(peer: Peer, replay: NonNullable<Peer["replay"]>, since: number): Promise<void> {
     const { publisher } = this;
     const key = serverKey(peer.uid);
     publisher.expire();
     const { log, number: to } = publisher;
-    const from = Math.max((replay.after ?? 0) + 1, log.first);
+    const from = Math.max(log.first, replay.after === undefined ? log.firstSince(since) : replay.after + 1);
     let taken = this.tell(key, { type: "begin", id: replay.id, from, to });
     for (let number = from; number <= to; number++) {
       if ((number - from) % REPLAY_WINDOW === 0 && !(await taken)) break;
@@ -2383,8 +2381,8 @@ class Sender {
 
 interface ReceiverEvents {
   frame(frame: Frame, again: boolean): void;
-  /** A connection is being opened after one that was lost. */
-  isBack(): void;
+  /** A connection is there after an outage, which began at this time (ms, monotonic). */
+  isBack(awaySince: number): void;
 }
 
 /** The origin of what other AMQP clients publish. */
@@ -2402,6 +2400,8 @@ class Receiver {
   #opening: PromiseWithResolvers<void> | undefined;
   /** How often a queue was made. */
   #generation = 0;
+  /** Since when the queue was last away (ms, monotonic); undefined until then. */
+  #awaySince: number | undefined;
   #renewal: Timeout | undefined;
 
   constructor(context: Context, events: ReceiverEvents) {
@@ -2410,6 +2410,8 @@ class Receiver {
     this.connection = new Connection("consuming", context, {
       up: (model, lose) => this.#up(model, lose),
       down: () => {
+        if (this.#topology) this.#awaySince = performance.now();
+        this.#awaySince ??= performance.now(); // there was no broker at the start
         this.#topology?.end();
         this.#opened(undefined);
       },
@@ -2466,7 +2468,7 @@ class Receiver {
     this.#opening ??= Promise.withResolvers<void>();
     const { uid, settings, names, tenants } = this.#context;
     const before = this.#generation > 0 ? names.queue(uid, this.#generation) : undefined;
-    if (before) this.#events.isBack();
+    if (this.#awaySince !== undefined) this.#events.isBack(this.#awaySince);
     // A new name each time: after a half-open link the broker may still hold the old queue.
     const queue = names.queue(uid, ++this.#generation);
     const ownKeys = [ALL_SERVERS, serverKey(uid)];
@@ -2528,8 +2530,9 @@ class Inbox {
   readonly #membership: Membership;
   readonly #sender: Sender;
   readonly #receiver: Receiver;
-  /** When this server was last away from the broker (ms, monotonic). */
-  #awayAt = -Infinity;
+  /** Since and until when this server was last away from the broker (ms, monotonic). */
+  #awaySince = 0;
+  #awayUntil = -Infinity;
 
   constructor(context: Context, membership: Membership, sender: Sender, receiver: Receiver) {
     this.#context = context;
@@ -2547,9 +2550,10 @@ class Inbox {
   }
 
   /** This server has been away, and may have missed something: each peer is asked for it. An emitter misses nothing. */
-  startCatchUp(): void {
+  startCatchUp(awaySince: number): void {
     if (this.#context.tenants.size === 0) return;
-    this.#awayAt = performance.now();
+    this.#awaySince = awaySince;
+    this.#awayUntil = performance.now();
     for (const peer of this.#membership.peers.values()) {
       peer.stream.startCatchUp();
       peer.askAt = 0;
@@ -2576,7 +2580,8 @@ class Inbox {
     const now = performance.now();
     if (!catchUp || peer.askAt > now || this.#context.upSince === undefined) return;
     peer.askAt = now + ASK_AGAIN;
-    void this.#sender.tell(serverKey(peer.uid), { type: "ask", id: catchUp.id, after: cursor });
+    const ms = cursor === undefined ? Math.ceil(now - this.#awaySince) : undefined;
+    void this.#sender.tell(serverKey(peer.uid), { type: "ask", id: catchUp.id, after: cursor, ms });
   }
 
   readonly #newStream = (uid: string): PeerStream<Frame> => {
@@ -2592,7 +2597,7 @@ class Inbox {
     };
     const stream = new PeerStream<Frame>(events, settings.journal.bytes);
     // Whoever is heard for the first time may have begun to send during an outage.
-    if (performance.now() - this.#awayAt < settings.journal.ms) stream.startCatchUp();
+    if (performance.now() - this.#awayUntil < settings.journal.ms) stream.startCatchUp();
     return stream;
   };
 
@@ -2654,7 +2659,7 @@ class Node implements Context {
     });
     this.receiver = new Receiver(this, {
       frame: (frame, again) => this.#inbox.onFrame(frame, again),
-      isBack: () => this.#inbox.startCatchUp(),
+      isBack: (awaySince) => this.#inbox.startCatchUp(awaySince),
     });
     this.requests = new Requests(this.uid);
     this.membership = new Membership(this, this.sender, this.receiver, this.requests);
@@ -3149,6 +3154,13 @@ class SentLog {
   timeOf(number: number): number | undefined {
     const block = this.#blockOf(number);
     return block?.times[number - block.first];
+  }
+
+  /** The number of the first frame that was made since a time (ms, monotonic), or the next one. */
+  firstSince(time: number): number {
+    let number = this.next;
+    while ((this.timeOf(number - 1) ?? -Infinity) >= time) number--;
+    return number;
   }
 
   /** Room for the frame with the next number. Numbers up to `floor` may be forgotten for it. */
@@ -4453,8 +4465,8 @@ type Control =
   | { type: "ping" }
   /** A peer's queue is gone; whoever knows it may look for itself. */
   | { type: "missing"; uid: string }
-  /** Asks for the frames after a number, or for all where none is known. */
-  | { type: "ask"; id: number; after?: number | undefined }
+  /** Asks for the frames after a number, or, where none is known, for those of so many ms. */
+  | { type: "ask"; id: number; after?: number | undefined; ms?: number | undefined }
   /** The answer: the frames from one number to another follow, each as it was published. */
   | { type: "begin"; id: number; from: number; to: number };
 
@@ -4506,7 +4518,7 @@ const CONTROLS: Record<Control["type"], Schema> = {
   bye: { number: isNumber },
   ping: {},
   missing: { uid: isString },
-  ask: { id: isNumber, after: optional(isNumber) },
+  ask: { id: isNumber, after: optional(isNumber), ms: optional(isNumber) },
   begin: { id: isNumber, from: isNumber, to: isNumber },
 };
 
