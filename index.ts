@@ -535,6 +535,7 @@ class BoundAdapter extends Adapter {
 
 /** The local side of a namespace: its sockets, what is written to them, and what peers ask of them. */
 class LocalAdapter extends BoundAdapter {
+  /** Clients that took packets when this turn of the event loop began, as far as that was asked. */
   readonly #writable = new Set<Connected>();
 
   /** @internal Packets of a peer, handed to the local sockets as they are. */
@@ -572,16 +573,17 @@ class LocalAdapter extends BoundAdapter {
             );
           }
         }
-        if (!volatile || !isRemote || this.#isWritable(socket.client.conn)) socket.client.writeToEngine(parts, options);
+        if (!volatile || !isRemote || this.#takesVolatile(socket.client.conn))
+          socket.client.writeToEngine(parts, options);
       }
     }
   }
 
   /**
-   * Whether a client took packets when this turn of the event loop began. What others have emitted in several turns comes in
-   * one: Socket.IO would drop all volatile packets but the first.
+   * Whether a client gets a peer's volatile packet. What the peer has emitted in several turns comes here in one: Socket.IO would
+   * drop all but the first.
    */
-  #isWritable(conn: Connected): boolean {
+  #takesVolatile(conn: Connected): boolean {
     if (this.#writable.has(conn)) return true;
     if (!conn.transport.writable) return false;
     if (this.#writable.size === 0) queueMicrotask(() => this.#writable.clear());
@@ -1383,7 +1385,10 @@ interface LostClient {
 }
 /** A session that waits on the server that says so, or is on its way. */
 type Found = ComingSession | { readonly isMoving: true };
-/** The first entry of an answer to a claim: for each peer, the number of the last frame that it covers. Without it the server is not ready. */
+/**
+ * The first entry of an answer to a claim: for each peer, the number of the last frame that it covers. Without it the server is
+ * not ready.
+ */
 type Heard = { readonly heard: Record<string, number> };
 
 /** How long until a server is asked again that is not ready to hand a session over, in ms. */
@@ -1414,10 +1419,8 @@ class Handover {
   async fetch(pid: string, offset: string, until: number): Promise<boolean> {
     if (this.#sessions.isComing(pid)) return true;
     const [owner] = offset.split(".");
-    await within(
-      START_PATIENCE,
-      this.#node.opened.promise.catch(() => {}),
-    ); // until it is open, this server knows no other
+    const opened = this.#node.opened.promise.catch(() => {});
+    await within(START_PATIENCE, opened); // until then this server knows no other
     const peers = this.#peers();
     for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
       if (this.isClosing || this.#sessions.get(pid)) break;
@@ -1474,6 +1477,7 @@ class Handover {
   /**
    * Takes sessions over: binds their rooms, then claims them. Resolves with true where another server is taking them over just
    * now, so that the caller asks again.
+   *
    * The answer stands in the stream of the peer's frames, and the claim in this server's: so what the peer has emitted comes
    * before the answer if it is in it, and what this server has emitted is in the answer if that was before the claim. Of all
    * others' frames the answer tells up to which number they are in it.
@@ -2052,7 +2056,7 @@ class Membership {
         this.#tell(peer.uid, { type: "ping" });
   }
 
-  /** Right after an outage: resolves when all peers are back, which ask for what they have missed, or have had the time to be. */
+  /** Right after an outage: resolves when all peers are back, and ask for what they have missed, or have had the time for it. */
   async reunited(until: number): Promise<void> {
     const isAway = ({ namespaces, greetedAt = 0 }: Peer) =>
       namespaces !== undefined && greetedAt < (this.#context.upSince ?? Infinity);
@@ -2982,7 +2986,10 @@ const FRAME_SIZE = 64 * 1024;
 const WAITING_OVERHEAD = 160;
 /** Up to so many other servers, a frame for at least as many rooms goes to everyone; measured against 64 keys. */
 const FEW_SERVERS = 8;
-/** With fewer keys than this, a frame for several rooms goes to those alone: few keys are cheap, and servers without these rooms get nothing. */
+/**
+ * With fewer keys than this, a frame for several rooms goes to those alone: few keys are cheap, and servers without these rooms
+ * get nothing.
+ */
 const MANY_KEYS = 8;
 /** How many routing keys a frame has at most. RabbitMQ looks each of them up: 16 cost 10,000 messages/s, 64 4,000/s. */
 const MAX_KEYS = 64;
