@@ -163,7 +163,7 @@ export interface AdapterStats {
   replayed: number;
   /** Frames that came a second time, after an outage, and were dropped. */
   duplicates: number;
-  /** Frames of other servers that this server did not receive and that could not be replayed. */
+  /** Frames of other servers that did not come here and could not be replayed. Some may have been for others. */
   lost: number;
   /** Packets of this server that were not sent: too many waited, or for too long. */
   dropped: number;
@@ -611,7 +611,7 @@ class LocalAdapter extends BoundAdapter {
     return sockets;
   }
 
-  /** An acknowledged broadcast of a peer. */
+  /** An acknowledged broadcast of a peer. Socket.IO's own asks no more clients once an outgoing listener throws. */
   protected answerBroadcast(message: Message & { type: "broadcast" }, answer: (value: Answer) => void): void {
     const { id } = message;
     const target = fromWire(message.opts);
