@@ -32,7 +32,7 @@
  *   5. The peer's `PeerStream` puts it in order with what came before, or holds it while something is missing.
  *   6. `FrameReader` takes it apart, and `LocalAdapter` writes each packet to the sockets of its rooms, as it is.
  */
-import { createHash, randomBytes } from "node:crypto";
+import { createHash, randomBytes, randomUUID } from "node:crypto";
 import type { Socket as TcpSocket } from "node:net";
 import { debuglog } from "node:util";
 import type { Channel, ChannelModel, ConsumeMessage, Options, RecoveringChannelModel } from "amqplib";
@@ -1838,20 +1838,45 @@ interface Tenant extends RoomOwner {
 /** Settings that must be the same on all servers, by the names that users know. */
 type Shared = Record<string, unknown>;
 
-/** What the parts of a node share. */
-interface Context {
-  readonly uid: string;
+/** What the parts of a node share, and the parts themselves. */
+abstract class Context {
+  readonly uid: string = randomBytes(6).toString("base64url"); // 8 characters: what a frame's header has room for
   readonly settings: Settings;
   readonly names: Names;
   readonly reports: Reports;
   /** The namespaces of this server, by name; an emitter has none. */
-  readonly tenants: ReadonlyMap<string, Tenant>;
+  readonly tenants: Map<string, Tenant> = new Map();
+  /** Connected, bound, announced and acquainted with the peers for the first time. */
+  readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
+  abstract readonly sender: Sender;
+  abstract readonly receiver: Receiver;
+  abstract readonly requests: Requests;
+  abstract readonly membership: Membership;
+  abstract readonly inbox: Inbox;
+
+  constructor(settings: Settings, onError?: (error: Error) => void) {
+    this.settings = settings;
+    this.names = new Names(settings.prefix);
+    this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
+    const listener = onError && { report: (error: Error) => (onError(error), true) };
+    this.reports = new Reports(() => (listener ? [listener] : this.tenants.values()));
+  }
+
   /** Since when both connections are up (ms, monotonic); undefined while one is not. */
-  readonly upSince: number | undefined;
-  readonly opened: PromiseWithResolvers<void>;
-  readonly shared: Shared;
+  get upSince(): number | undefined {
+    const [consuming, publishing] = [this.receiver.connection.upSince, this.sender.connection.upSince];
+    return consuming === undefined || publishing === undefined ? undefined : Math.max(consuming, publishing);
+  }
+
+  get shared(): Shared {
+    const [tenant] = this.tenants.values();
+    return tenant?.shared ?? {};
+  }
+
   /** A connection is up or lost. */
-  changed(event: "connect" | "disconnect", connection: string): void;
+  abstract changed(event: "connect" | "disconnect", connection: string): void;
+  /** The broker takes messages, of which it may have taken none for a while. */
+  abstract resume(): void;
 }
 
 /** What a user should know: handed to all listeners, and where there are none to the process, once per kind and outage. */
@@ -1859,8 +1884,8 @@ class Reports {
   last: Error | undefined;
   readonly #listeners: () => Iterable<Pick<Tenant, "report">>;
   readonly #warned = new Set<string>();
-  /** What `once()` has reported, within bounds. */
-  readonly #said = new Set<string>();
+  /** Senders of frames of an unknown version, within bounds. */
+  readonly #unknown = new Set<string>();
 
   constructor(listeners: () => Iterable<Pick<Tenant, "report">>) {
     this.#listeners = listeners;
@@ -1879,28 +1904,28 @@ class Reports {
     });
   };
 
-  /** What stays as it is, so that once is enough: `subject` says what of which peer. */
-  once(subject: string, error: Error): void {
-    if (this.#said.has(subject) || this.#said.size >= 1_000) return;
-    this.#said.add(subject);
-    this.report(error);
-  }
-
   /** Settings that must be the same on all servers, and are not. */
   compare(uid: string, ours: Shared, theirs: Shared): void {
     for (const [name, value] of Object.entries(ours)) {
       if (theirs[name] === undefined || theirs[name] === value) continue;
       const values = `${Bun.inspect(value)} here and ${Bun.inspect(theirs[name])} on peer ${uid}`;
-      this.once(`${name} of ${uid}`, new Error(`${name} is ${values}; give all servers the same`));
+      this.report(new Error(`${name} is ${values}; give all servers the same`));
     }
   }
 
-  /** A message that cannot be read or handled; it costs no other. */
-  unreadable(error: Error, source: string): void {
-    const what = error instanceof FrameError ? "Dropped" : "Failed to handle a message:";
-    const report = new Error(`${what} ${error.message} (${source})`, { cause: error });
-    if (error instanceof UnknownVersion) this.once(`version of ${error.sender}`, report);
-    else this.report(report);
+  /** Handles a message, or a part of one: what cannot be read or handled costs nothing else. */
+  guard(source: () => string, handle: () => void): void {
+    try {
+      handle();
+    } catch (reason) {
+      const error = asError(reason);
+      if (error instanceof UnknownVersion) {
+        if (this.#unknown.has(error.sender) || this.#unknown.size >= 1_000) return;
+        this.#unknown.add(error.sender);
+      }
+      const what = error instanceof FrameError ? "Dropped" : "Failed to handle a message:";
+      this.report(new Error(`${what} ${error.message} (${source()})`, { cause: error }));
+    }
   }
 
   /** What is said from here on is news. */
@@ -1914,8 +1939,8 @@ interface Peer {
   readonly uid: string;
   readonly stream: PeerStream<Frame>;
   heardAt: number;
-  /** When it last said hello, which it does once its queue is bound; undefined for a stranger. */
-  greetedAt?: number;
+  /** When it last said hello, which it does once its queue is bound; 0 for a stranger. */
+  greetedAt: number;
   /** What it has open; undefined until it has said so, and while it is silent or has no queue. */
   namespaces?: Set<string> | undefined;
   /** Since when its queue is gone; undefined while it is there, as far as is known. */
@@ -1926,12 +1951,12 @@ interface Peer {
   bindings: number;
   /** When it is to be asked again for what was missed. */
   askAt: number;
-  /** What it has last asked for, and when all of the answer was sent; undefined until then. */
-  replay?: { readonly id: number; readonly after: number | undefined; sentAt?: number } | undefined;
+  /** What it has last asked for, and when the answer last got on. */
+  replay?: { readonly id: number; readonly after: number | undefined; at: number } | undefined;
 }
 
-/** How often peers that owe an answer or a heartbeat are pinged, in ms. */
-const PROBE_INTERVAL = 500;
+/** How often peers are looked after that owe an answer, a heartbeat or frames, in ms. */
+const WATCH_INTERVAL = 250;
 /** At least this long between two announcements (ms), for a thousand namespaces that open one after the other. */
 const ANNOUNCE_INTERVAL = 20;
 /** How long answers to a server's first hello are waited for, beyond two times to the broker and back, in ms. */
@@ -1943,27 +1968,19 @@ const GRACE = 2_000;
 /** For how many ms a peer without a queue may come back: one that the broker refuses tries again after 10 s. */
 const RETURN = 20_000;
 
-/** Who else is there, and with which namespaces. */
+/** Who else is there, and what servers tell each other about themselves. */
 class Membership {
   readonly peers: Map<string, Peer> = new Map();
   readonly #context: Context;
-  readonly #sender: Sender;
-  readonly #receiver: Receiver;
-  readonly #requests: Requests;
   #revision = 0;
-  /** The announcement that is about to be made, and whether it asks the others for theirs. */
+  /** The announcement that is about to be made. */
   #announcement: Promise<void> | undefined;
   #acquainted: Promise<void> | undefined;
-  #greets = false;
+  /** When the last announcement was made (ms, monotonic). */
   #announcedAt = -Infinity;
-  /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
-  #heardAt = 0;
 
-  constructor(context: Context, sender: Sender, receiver: Receiver, requests: Requests) {
+  constructor(context: Context) {
     this.#context = context;
-    this.#sender = sender;
-    this.#receiver = receiver;
-    this.#requests = requests;
   }
 
   /** The servers that have a namespace open, this one not counted. */
@@ -1983,20 +2000,11 @@ class Membership {
 
   /** How many keys are bound, on all servers. */
   get bindings(): number {
-    return this.peers.values().reduce((sum, { bindings }) => sum + bindings, this.#receiver.countBound());
-  }
-
-  /** Whoever sent what the queue has just delivered; undefined for this server itself. */
-  hear(uid: string, newStream: (uid: string) => PeerStream<Frame>): Peer | undefined {
-    this.#heardAt = performance.now();
-    if (uid === this.#context.uid) return undefined;
-    let peer = this.peers.get(uid);
-    if (!peer) this.peers.set(uid, (peer = { uid, stream: newStream(uid), heardAt: 0, bindings: 0, askAt: 0 }));
-    peer.heardAt = this.#heardAt;
-    return peer;
+    return this.peers.values().reduce((sum, { bindings }) => sum + bindings, this.#context.receiver.countBound());
   }
 
   onControl(peer: Peer, control: Control): void {
+    const { sender } = this.#context;
     const { uid, stream } = peer;
     switch (control.type) {
       case "hello":
@@ -2004,18 +2012,15 @@ class Membership {
       case "beat":
         peer.bindings = control.bindings;
         stream.hears(control.number, control.floor);
-        if (!peer.namespaces || peer.revision !== control.revision) this.#tell(uid, this.#hello(true));
+        if (!peer.namespaces || peer.revision !== control.revision) void sender.tell(this.#hello(true), uid);
         return;
       case "bye":
         this.#leaves(peer);
         this.#giveUp(peer, "has closed", control.number);
         this.peers.delete(uid);
         return;
-      case "missing":
-        if (this.peers.get(control.uid)?.namespaces) this.#tell(control.uid, { type: "ping" });
-        return;
       case "ask":
-        return this.#sender.replay(peer, control);
+        return sender.replay(peer, control);
       case "begin":
         if (stream.catchUp?.id !== control.id) return; // the answer to an earlier question
         peer.askAt = performance.now() + ASK_AGAIN;
@@ -2030,43 +2035,57 @@ class Membership {
     const now = performance.now();
     const { upSince = now } = this.#context;
     // Right after an outage its queue may just not be back yet.
-    if ((peer.greetedAt ?? 0) < upSince && now - upSince < GRACE) return;
-    if (peer.namespaces) {
-      this.#leaves(peer);
-      void this.#sender.tell(ALL_SERVERS, { type: "missing", uid }); // whoever knows it may look for itself
-    }
+    if (peer.greetedAt < upSince && now - upSince < GRACE) return;
+    if (peer.namespaces) this.#leaves(peer);
     // It may have lost its connection for a moment; killed, it will not come back.
     peer.queueGoneAt ??= now;
     if (now - peer.queueGoneAt >= RETURN) this.#giveUp(peer, "has no queue any more");
   }
 
   /** Tells everyone what is open here, which is then open for its users too. What changes until it is sent goes with it. */
-  announce(greets = false): Promise<void> {
+  announce(): Promise<void> {
     this.#revision++;
-    this.#greets ||= greets;
     return (this.#announcement ??= this.#announceSoon());
   }
 
-  /** Pings each peer that owes an answer or a heartbeat: if its queue is gone, the ping comes back, and nobody waits for it. */
-  probe(): void {
-    const { owing } = this.#requests;
-    const patience = this.#context.settings.heartbeatInterval + PROBE_INTERVAL;
-    for (const peer of this.peers.values())
-      if (peer.namespaces && (owing.has(peer.uid) || this.#silenceOf(peer) > patience))
-        this.#tell(peer.uid, { type: "ping" });
+  /**
+   * Every `WATCH_INTERVAL`: asks again for what was missed, for a peer's queue may not have been back; and pings each peer that
+   * owes an answer or a heartbeat. If its queue is gone the ping comes back, and nobody waits for it.
+   */
+  watch(): void {
+    const { requests, settings, sender } = this.#context;
+    const { owing } = requests;
+    for (const peer of this.peers.values()) {
+      this.ask(peer);
+      const isLate = this.#silenceOf(peer) > settings.heartbeatInterval + WATCH_INTERVAL;
+      if (peer.namespaces && (isLate || owing.has(peer.uid))) void sender.tell({ type: "ping" }, peer.uid);
+    }
+  }
+
+  /** Asks a peer for what may have been missed, unless it was asked just now or the answer is coming. */
+  ask(peer: Peer): void {
+    const { upSince, receiver, sender } = this.#context;
+    const { catchUp, cursor: after } = peer.stream;
+    const now = performance.now();
+    if (!catchUp || peer.askAt > now || upSince === undefined) return;
+    peer.askAt = now + ASK_AGAIN;
+    const ms = after === undefined ? Math.ceil(now - (receiver.awaySince ?? now)) : undefined;
+    void sender.tell({ type: "ask", id: catchUp.id, after, ms }, peer.uid);
   }
 
   /** Right after an outage: resolves when all peers are back, and ask for what they have missed, or have had the time for it. */
   async reunited(until: number): Promise<void> {
-    const isAway = ({ namespaces, greetedAt = 0 }: Peer) =>
+    const { sender } = this.#context;
+    const isAway = ({ namespaces, greetedAt }: Peer) =>
       namespaces !== undefined && greetedAt < (this.#context.upSince ?? Infinity);
-    const isSoon = () => performance.now() < Math.min(until, (this.#sender.connection.upSince ?? 0) + GRACE);
+    const isSoon = () => performance.now() < Math.min(until, (sender.connection.upSince ?? 0) + GRACE);
     while (isSoon() && this.peers.values().some(isAway)) await Bun.sleep(20);
   }
 
   /** Every `heartbeatInterval`. */
   beat(): void {
-    const { heartbeatTimeout, journal } = this.#context.settings;
+    const { settings, sender, receiver } = this.#context;
+    const { heartbeatTimeout, journal } = settings;
     for (const peer of this.peers.values()) {
       const silence = this.#silenceOf(peer);
       if (silence > heartbeatTimeout && peer.namespaces) this.#leaves(peer);
@@ -2074,38 +2093,41 @@ class Membership {
       this.#giveUp(peer, "is silent");
       this.peers.delete(peer.uid);
     }
-    const { number, floor } = this.#sender.publisher;
-    const bindings = this.#receiver.countBound();
-    void this.#sender.tell(ALL_SERVERS, { type: "beat", revision: this.#revision, number, floor, bindings });
+    const { number, floor } = sender.publisher;
+    void sender.tell({ type: "beat", revision: this.#revision, number, floor, bindings: receiver.countBound() });
   }
 
   /** For how many ms a peer has been silent, by what the queue delivers: after an outage nobody has been. */
   #silenceOf({ heardAt }: Peer): number {
-    return this.#heardAt - Math.max(heardAt, this.#context.upSince ?? performance.now());
+    const { upSince = performance.now(), receiver } = this.#context;
+    return receiver.heardAt - Math.max(heardAt, upSince);
   }
 
   #onHello(peer: Peer, hello: Control & { type: "hello" }): void {
+    const { shared, reports, sender } = this.#context;
+    if (peer.greetedAt === 0) reports.compare(peer.uid, shared, hello.shared);
     peer.namespaces = new Set(hello.namespaces);
     peer.revision = hello.revision;
-    peer.greetedAt = this.#heardAt;
+    peer.greetedAt = peer.heardAt;
     peer.queueGoneAt = undefined;
     peer.askAt = 0; // its queue is back
     peer.stream.hears(hello.number, hello.floor);
-    if (hello.reply) this.#tell(peer.uid, this.#hello(false));
-    this.#context.reports.compare(peer.uid, this.#context.shared, hello.shared);
+    if (hello.reply) void sender.tell(this.#hello(false), peer.uid);
   }
 
   async #announceSoon(): Promise<void> {
     await Bun.sleep(Math.max(0, this.#announcedAt + ANNOUNCE_INTERVAL - performance.now()));
     this.#announcement = undefined;
-    if (this.#context.upSince === undefined) return; // the next connection announces
+    const { upSince, sender, receiver } = this.#context;
+    if (upSince === undefined) return; // the next connection announces
+    // The first one on these connections asks the others for theirs.
+    const hello = this.#hello(this.#announcedAt < upSince);
     const announcedAt = (this.#announcedAt = performance.now());
-    const tenants = this.#receiver.liveTenants;
-    const hello = this.#hello(this.#greets);
-    this.#greets = false;
-    if (!(await this.#sender.tell(ALL_SERVERS, hello))) return;
-    await (this.#acquainted ??= this.#meet(performance.now() - announcedAt));
-    for (const { opened } of [...tenants, this.#context]) opened.resolve();
+    const tenants = receiver.liveTenants;
+    if (await sender.tell(hello)) {
+      await (this.#acquainted ??= this.#meet(performance.now() - announcedAt));
+      for (const { opened } of [...tenants, this.#context]) opened.resolve();
+    } else this.#announcedAt = -Infinity;
   }
 
   /** After the first hello, whose confirm took some ms: resolves when no more peers answer it. */
@@ -2114,9 +2136,10 @@ class Membership {
   }
 
   #hello(reply: boolean): Control {
-    const { number, floor } = this.#sender.publisher;
-    const namespaces = this.#receiver.liveTenants.map(({ nsp }) => nsp.name);
-    return { type: "hello", revision: this.#revision, reply, namespaces, number, floor, shared: this.#context.shared };
+    const { sender, receiver, shared } = this.#context;
+    const { number, floor } = sender.publisher;
+    const namespaces = receiver.liveTenants.map(({ nsp }) => nsp.name);
+    return { type: "hello", revision: this.#revision, reply, namespaces, number, floor, shared };
   }
 
   /** A peer closes, or nobody can reach it: nobody waits for its answers. */
@@ -2124,12 +2147,8 @@ class Membership {
     peer.namespaces = undefined;
     peer.bindings = 0;
     peer.replay = undefined;
-    this.#requests.onLeave(peer.uid);
-    this.#receiver.renewSoon();
-  }
-
-  #tell(uid: string, control: Control): void {
-    void this.#sender.tell(serverKey(uid), control);
+    this.#context.requests.onLeave(peer.uid);
+    this.#context.receiver.renewSoon();
   }
 
   /** What the peer has sent is delivered as far as it is here; `last` is the number of its last frame, where that is known. */
@@ -2143,34 +2162,27 @@ class Membership {
   }
 }
 
-/** What becomes of the answers to a question. */
-interface Answers {
+/** A question to peers. */
+interface Request {
   /** Takes an answer; true once that peer has said all. */
   readonly take: (message: Answer, from: string) => boolean;
   /** A peer has said all, or has left. */
   readonly done?: ((uid: string) => void) | undefined;
-}
-interface Request extends Answers {
   /** Peers that have not said all. */
   readonly owing: Set<string>;
   /** Nobody owes anything any more. */
   readonly end: () => void;
 }
+type Answers = Pick<Request, "take" | "done">;
 
 /** Questions to peers, and who has not answered yet. */
 class Requests {
   readonly #open = new Map<string, Request>();
-  readonly #uid: string;
-  #count = 0;
-
-  constructor(uid: string) {
-    this.#uid = uid;
-  }
 
   /** Resolves when each of `peers` has said all or has left, or after `ms`, with how many have not. */
   ask(peers: string[], ms: number, send: (id: string) => void, answers: Answers): Promise<number> {
     if (peers.length === 0) return Promise.resolve(0);
-    const id = `${this.#uid}.${++this.#count}`;
+    const id = randomUUID();
     send(id); // throws if it cannot be encoded, and then there is no request
     const { promise, resolve } = Promise.withResolvers<void>();
     const owing = new Set(peers);
@@ -2216,23 +2228,12 @@ const AGAIN = "again";
 /** How many replayed frames may be unconfirmed. */
 const REPLAY_WINDOW = 64;
 
-interface SenderEvents {
-  /** How many other servers have a namespace open, and how many keys are bound on all of them. */
-  servers(nsp: string): number;
-  bindings(): number;
-  /** A message to one server's queue came back: there is no such queue. */
-  unreachable(uid: string): void;
-  /** The broker takes messages again. */
-  unblocked(): void;
-}
-
 /** The publishing connection, and the publisher on it. */
 class Sender {
   readonly publisher: Publisher;
   readonly connection: Connection;
   dropped = 0;
   readonly #context: Context;
-  readonly #events: SenderEvents;
   #reportedDropped = 0;
   #flushing: Timeout | undefined;
   /** Resolves when the answers to peers are sent that have been begun. */
@@ -2240,12 +2241,14 @@ class Sender {
   #looksKeysUp = false;
   #maxKeyBytes = 0;
 
-  constructor(context: Context, events: SenderEvents) {
+  constructor(context: Context) {
     const { uid, settings, reports } = context;
     this.#context = context;
-    this.#events = events;
-    const severalKeys = () => this.#looksKeysUp || events.bindings() <= FEW_BINDINGS;
-    const facts = { servers: events.servers, severalKeys, maxKeyBytes: () => this.#maxKeyBytes };
+    const facts = {
+      servers: (nsp: string) => context.membership.serversOf(nsp).length,
+      severalKeys: () => this.#looksKeysUp || context.membership.bindings <= FEW_BINDINGS,
+      maxKeyBytes: () => this.#maxKeyBytes,
+    };
     this.publisher = new Publisher(uid, settings, facts, {
       dropped: (packets) => (this.dropped += packets),
       flushIn: (ms) => {
@@ -2285,21 +2288,20 @@ class Sender {
     this.publisher.add(to, packet, length);
   }
 
-  /** Sends a control message to one queue or to all, now or not at all; resolves with whether the broker took it. */
-  tell(key: string, control: Control): Promise<boolean> {
+  /** Tells one peer or all, now or not at all; resolves with whether the broker took it. */
+  tell(control: Control, uid?: string): Promise<boolean> {
+    const key = uid === undefined ? ALL_SERVERS : serverKey(uid);
     return this.publisher.sendNow(key, controlFrame(this.#context.uid, control));
   }
 
   /** Answers a peer that asks for what it has missed: the frames of the log, one by one, straight to the peer's queue. */
-  replay(peer: Peer, { id, after, ms }: Control & { type: "ask" }): void {
+  replay(peer: Peer, { id, after, ms = 0 }: Control & { type: "ask" }): void {
     const { replay: latest } = peer;
     const now = performance.now();
-    const patience = this.#context.settings.heartbeatTimeout;
     // The same question again: the answer stands in the peer's queue behind much else, unless that takes too long.
-    if (latest?.id === id && latest.after === after && now - (latest.sentAt ?? now) < patience) return;
-    const replay = { id, after };
-    peer.replay = replay;
-    const sent = this.#sendAgain(peer, replay, now - (ms ?? 0));
+    const isSame = latest?.id === id && latest.after === after;
+    if (isSame && now - latest.at < this.#context.settings.heartbeatTimeout) return;
+    const sent = this.#sendAgain(peer, (peer.replay = { id, after, at: now }), now - ms);
     this.#replayed = this.#replayed.then(() => sent);
   }
 
@@ -2319,7 +2321,7 @@ class Sender {
     // What a peer has missed would go with this server.
     await within(ms, Promise.all([this.#replayed, this.publisher.drained()]));
     const left = this.publisher.unconfirmedPackets;
-    const bye = this.tell(ALL_SERVERS, { type: "bye", number: this.publisher.number });
+    const bye = this.tell({ type: "bye", number: this.publisher.number });
     this.publisher.down(); // nothing is said behind a goodbye
     if (left === 0) await within(CLOSE_PATIENCE, bye);
     clearTimeout(this.#flushing);
@@ -2329,28 +2331,27 @@ class Sender {
 
   async #sendAgain(peer: Peer, replay: NonNullable<Peer["replay"]>, since: number): Promise<void> {
     const { publisher } = this;
-    const key = serverKey(peer.uid);
     publisher.expire();
     const { log, number: to } = publisher;
     const from = Math.max(log.first, replay.after === undefined ? log.firstSince(since) : replay.after + 1);
-    let taken = this.tell(key, { type: "begin", id: replay.id, from, to });
+    let taken = this.tell({ type: "begin", id: replay.id, from, to }, peer.uid);
     for (let number = from; number <= to; number++) {
       if ((number - from) % REPLAY_WINDOW === 0 && !(await taken)) break;
       if (peer.replay !== replay) return; // it has asked anew, or has left
+      replay.at = performance.now();
       const body = log.get(number);
       if (!body) return void (peer.replay = undefined); // forgotten meanwhile: it asks again
-      taken = publisher.sendNow(key, body, true);
+      taken = publisher.sendNow(serverKey(peer.uid), body, true);
     }
-    if (await taken) replay.sentAt = performance.now();
-    else if (peer.replay === replay) peer.replay = undefined;
+    if (!(await taken) && peer.replay === replay) peer.replay = undefined;
   }
 
   async #up(model: AmqpConnection, lose: Lose): Promise<() => void> {
-    const { names, reports } = this.#context;
+    const { names, reports, membership } = this.#context;
     const channel = watched(await model.createConfirmChannel(), lose);
     // Not in amqplib's turn: it would answer a user's callback that throws by closing the channel.
     channel.on("return", ({ fields }) =>
-      queueMicrotask(() => this.#events.unreachable(fields.routingKey.slice(ALL_SERVERS.length))),
+      queueMicrotask(() => membership.onUnreachable(fields.routingKey.slice(ALL_SERVERS.length))),
     );
     const emitter: NodeJS.EventEmitter = model;
     emitter.on("blocked", (reason: string) => {
@@ -2359,7 +2360,7 @@ class Sender {
     });
     emitter.on("unblocked", () => {
       this.publisher.block(false);
-      this.#events.unblocked();
+      this.#context.resume();
     });
     await declare(channel, names);
     const transmit: Transmit = ({ keys: [key = "", ...CC], body, direct, again }, confirmed) => {
@@ -2383,12 +2384,6 @@ class Sender {
   }
 }
 
-interface ReceiverEvents {
-  frame(frame: Frame, again: boolean): void;
-  /** A connection is there after an outage, which began at this time (ms, monotonic). */
-  isBack(awaySince: number): void;
-}
-
 /** The origin of what other AMQP clients publish. */
 const FOREIGN: Origin = { sender: "foreign.", number: 0 };
 /** How many ms after a queue has gone the rooms' exchanges are bound again. */
@@ -2397,27 +2392,28 @@ const RENEW_AFTER = 2_000;
 /** The consuming connection: the queue, what it is bound to, and what it delivers. */
 class Receiver {
   readonly connection: Connection;
+  /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
+  heardAt = 0;
+  /** Since when the queue was last away (ms, monotonic); undefined until then. */
+  awaySince: number | undefined;
   readonly #context: Context;
-  readonly #events: ReceiverEvents;
   #topology: Topology | undefined;
   /** Resolves when the connection that is being opened is live or has failed. */
   #opening: PromiseWithResolvers<void> | undefined;
   /** How often a queue was made. */
   #generation = 0;
-  /** Since when the queue was last away (ms, monotonic); undefined until then. */
-  #awaySince: number | undefined;
   #renewal: Timeout | undefined;
 
-  constructor(context: Context, events: ReceiverEvents) {
+  constructor(context: Context) {
     this.#context = context;
-    this.#events = events;
     this.connection = new Connection("consuming", context, {
       up: (model, lose) => this.#up(model, lose),
       down: () => {
-        if (this.#topology) this.#awaySince = performance.now();
-        this.#awaySince ??= performance.now(); // there was no broker at the start
+        // At the start there may be no broker.
+        if (this.#topology || this.awaySince === undefined) this.awaySince = performance.now();
         this.#topology?.end();
         this.#opened(undefined);
+        context.inbox.startCatchUp();
       },
     });
   }
@@ -2460,9 +2456,7 @@ class Receiver {
   }
 
   async close(patienceMs: number): Promise<void> {
-    // The connection may be lost.
-    const unbound = this.#topology?.close().catch((error) => debug("close: %s", asError(error).message));
-    await within(patienceMs, Promise.resolve(unbound));
+    if (this.#topology) await within(patienceMs, this.#topology.close());
     await this.connection.close();
     clearTimeout(this.#renewal);
   }
@@ -2472,7 +2466,6 @@ class Receiver {
     this.#opening ??= Promise.withResolvers<void>();
     const { uid, settings, names, tenants } = this.#context;
     const before = this.#generation > 0 ? names.queue(uid, this.#generation) : undefined;
-    if (this.#awaySince !== undefined) this.#events.isBack(this.#awaySince);
     // A new name each time: after a half-open link the broker may still hold the old queue.
     const queue = names.queue(uid, ++this.#generation);
     const ownKeys = [ALL_SERVERS, serverKey(uid)];
@@ -2492,17 +2485,17 @@ class Receiver {
   }
 
   #receive({ content, fields, properties }: ConsumeMessage): void {
-    const { settings, reports } = this.#context;
-    try {
+    this.heardAt = performance.now();
+    const { settings, reports, inbox } = this.#context;
+    const source = () => `exchange ${fields.exchange}, routing key ${fields.routingKey}`;
+    reports.guard(source, () => {
       if (content.length > settings.maxPayload)
         throw new FrameError(`a message of ${content.length} bytes; maxPayload is ${settings.maxPayload} bytes`);
       const { contentType, headers, type } = properties;
       if (typeof contentType === "string" && contentType.startsWith("application/json"))
         this.#onForeign(content, fields, headers?.["CC"]);
-      else this.#events.frame(readFrame(content), type === AGAIN);
-    } catch (error) {
-      reports.unreadable(asError(error), `exchange ${fields.exchange}, routing key ${fields.routingKey}`);
-    }
+      else inbox.onFrame(readFrame(content), type === AGAIN);
+    });
   }
 
   /** An event from any AMQP client: the routing keys, or the room's exchange, name the rooms. */
@@ -2531,144 +2524,90 @@ class Receiver {
 class Inbox {
   readonly counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0, lost: 0 };
   readonly #context: Context;
-  readonly #membership: Membership;
-  readonly #sender: Sender;
-  readonly #receiver: Receiver;
-  /** Since and until when this server was last away from the broker (ms, monotonic). */
-  #awaySince = 0;
-  #awayUntil = -Infinity;
 
-  constructor(context: Context, membership: Membership, sender: Sender, receiver: Receiver) {
+  constructor(context: Context) {
     this.#context = context;
-    this.#membership = membership;
-    this.#sender = sender;
-    this.#receiver = receiver;
   }
 
   onFrame(frame: Frame, again: boolean): void {
-    const peer = this.#membership.hear(frame.sender, this.#newStream);
-    if (!peer) return;
-    if (frame.kind === FrameKind.Control) this.#membership.onControl(peer, readControl(frame));
-    else if (this.#context.tenants.size > 0) this.#onPackets(peer, frame, again); // an emitter takes none
-    if (peer.stream.catchUp) this.#ask(peer);
+    const { uid, tenants, membership, receiver } = this.#context;
+    if (frame.sender === uid) return;
+    const peer = membership.peers.get(frame.sender) ?? this.#newPeer(frame.sender);
+    peer.heardAt = receiver.heardAt;
+    if (frame.kind === FrameKind.Control) membership.onControl(peer, readControl(frame));
+    else if (tenants.size > 0) this.#onPackets(peer, frame, again); // an emitter takes none
+    if (peer.stream.catchUp) membership.ask(peer);
   }
 
-  /** This server has been away, and may have missed something: each peer is asked for it. An emitter misses nothing. */
-  startCatchUp(awaySince: number): void {
-    if (this.#context.tenants.size === 0) return;
-    this.#awaySince = awaySince;
-    this.#awayUntil = performance.now();
-    for (const peer of this.#membership.peers.values()) {
-      peer.stream.startCatchUp();
-      peer.askAt = 0;
-    }
+  /** The queue is away, and something may be missed: each peer is asked for it. An emitter misses nothing. */
+  startCatchUp(): void {
+    const { tenants, membership } = this.#context;
+    if (tenants.size > 0) for (const peer of membership.peers.values()) this.#startCatchUp(peer);
   }
 
-  /** Asks the peers that may have sent what did not come, again and again: their queues may not be back yet. */
-  askAll(): void {
-    for (const peer of this.#membership.peers.values()) this.#ask(peer);
+  #startCatchUp(peer: Peer): void {
+    peer.stream.startCatchUp();
+    peer.askAt = 0;
   }
 
   #onPackets(peer: Peer, frame: Frame, again: boolean): void {
     const { stream } = peer;
-    if (!again) stream.receive(frame, predecessorsOf(frame, this.#receiver.expects, stream.hasNot));
+    if (!again) stream.receive(frame, predecessorsOf(frame, this.#context.receiver.expects, stream.hasNot));
     else if (stream.receiveAgain(frame)) peer.askAt = performance.now() + ASK_AGAIN;
-    else {
-      stream.startCatchUp();
-      peer.askAt = 0;
-    }
+    else this.#startCatchUp(peer);
   }
 
-  #ask(peer: Peer): void {
-    const { catchUp, cursor } = peer.stream;
-    const now = performance.now();
-    if (!catchUp || peer.askAt > now || this.#context.upSince === undefined) return;
-    peer.askAt = now + ASK_AGAIN;
-    const ms = cursor === undefined ? Math.ceil(now - this.#awaySince) : undefined;
-    void this.#sender.tell(serverKey(peer.uid), { type: "ask", id: catchUp.id, after: cursor, ms });
-  }
-
-  readonly #newStream = (uid: string): PeerStream<Frame> => {
-    const { settings, reports } = this.#context;
+  #newPeer(uid: string): Peer {
+    const { settings, reports, tenants, membership, receiver } = this.#context;
+    const { counts } = this;
     const events = {
       deliver: (frame: Frame) => this.#deliver(frame),
-      replayed: () => this.counts.replayed++,
-      duplicate: () => this.counts.duplicates++,
+      replayed: () => counts.replayed++,
+      duplicate: () => counts.duplicates++,
       lost: (frames: number) => {
-        this.counts.lost += frames;
+        counts.lost += frames;
         reports.report(new Error(`Lost up to ${frames} frames of peer ${uid}: its journal no longer holds them`));
       },
     };
     const stream = new PeerStream<Frame>(events, settings.journal.bytes);
+    const peer = { uid, stream, heardAt: 0, greetedAt: 0, bindings: 0, askAt: 0 };
+    membership.peers.set(uid, peer);
     // Whoever is heard for the first time may have begun to send during an outage.
-    if (performance.now() - this.#awayUntil < settings.journal.ms) stream.startCatchUp();
-    return stream;
-  };
-
-  #deliver(frame: Frame): void {
-    this.counts.framesReceived++;
-    this.counts.packetsReceived += frame.packets;
-    this.#handle(frame, () => {
-      const reader = new FrameReader(frame);
-      const tenant = this.#context.tenants.get(reader.nsp);
-      if (!tenant) return;
-      for (const section of reader.sections) {
-        if (section.kind === SectionKind.Direct && section.head !== this.#context.uid) continue;
-        const packets = () => reader.packets(section);
-        if (section.kind < SectionKind.Messages) this.#handle(frame, () => tenant.onPackets(section, packets, frame));
-        else for (const parts of packets()) this.#handle(frame, () => tenant.onMessage(readMessage(parts), frame));
-      }
-    });
+    const wasAway = receiver.awaySince !== undefined && tenants.size > 0;
+    const { upSince = receiver.heardAt } = receiver.connection;
+    if (wasAway && receiver.heardAt - upSince < settings.journal.ms) stream.startCatchUp();
+    return peer;
   }
 
-  /** What cannot be read or handled costs no other section. */
-  #handle(frame: Frame, handle: () => void): void {
-    try {
-      handle();
-    } catch (error) {
-      this.#context.reports.unreadable(asError(error), `peer ${frame.sender}`);
-    }
+  #deliver(frame: Frame): void {
+    const { uid, tenants, reports } = this.#context;
+    this.counts.framesReceived++;
+    this.counts.packetsReceived += frame.packets;
+    const source = () => `peer ${frame.sender}`;
+    reports.guard(source, () => {
+      const reader = new FrameReader(frame);
+      const tenant = tenants.get(reader.nsp);
+      if (!tenant) return;
+      for (const section of reader.sections) {
+        if (section.kind === SectionKind.Direct && section.head !== uid) continue;
+        const packets = () => reader.packets(section);
+        if (section.kind < SectionKind.Messages) reports.guard(source, () => tenant.onPackets(section, packets, frame));
+        else for (const parts of packets()) reports.guard(source, () => tenant.onMessage(readMessage(parts), frame));
+      }
+    });
   }
 }
 
 /** Wires the parts of one server together, or of one emitter. A server's namespaces share it. */
-class Node implements Context {
-  readonly uid: string = randomBytes(6).toString("base64url"); // 8 characters: what a frame's header has room for
-  readonly settings: Settings;
-  readonly names: Names;
-  readonly reports: Reports;
-  readonly tenants: Map<string, Tenant> = new Map();
-  readonly sender: Sender;
-  readonly receiver: Receiver;
-  readonly membership: Membership;
-  readonly requests: Requests;
-  /** Connected, bound, announced and acquainted with the peers for the first time. */
-  readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
+class Node extends Context {
+  readonly requests: Requests = new Requests();
+  readonly sender: Sender = new Sender(this);
+  readonly receiver: Receiver = new Receiver(this);
+  readonly membership: Membership = new Membership(this);
+  readonly inbox: Inbox = new Inbox(this);
   closing: Promise<void> | undefined;
   readonly #routes = new Map<string, Routes>();
-  readonly #inbox: Inbox;
   readonly #timers: Timeout[] = [];
-
-  constructor(settings: Settings, onError?: (error: Error) => void) {
-    this.settings = settings;
-    this.names = new Names(settings.prefix);
-    this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
-    const listener = onError && { report: (error: Error) => (onError(error), true) };
-    this.reports = new Reports(() => (listener ? [listener] : this.tenants.values()));
-    this.sender = new Sender(this, {
-      servers: (nsp) => this.membership.serversOf(nsp).length,
-      bindings: () => this.membership.bindings,
-      unreachable: (uid) => this.membership.onUnreachable(uid),
-      unblocked: () => this.#resume(),
-    });
-    this.receiver = new Receiver(this, {
-      frame: (frame, again) => this.#inbox.onFrame(frame, again),
-      isBack: (awaySince) => this.#inbox.startCatchUp(awaySince),
-    });
-    this.requests = new Requests(this.uid);
-    this.membership = new Membership(this, this.sender, this.receiver, this.requests);
-    this.#inbox = new Inbox(this, this.membership, this.sender, this.receiver);
-  }
 
   get stats(): Omit<AdapterStats, "rooms"> {
     const { publisher, dropped, connection } = this.sender;
@@ -2676,7 +2615,7 @@ class Node implements Context {
       connected: this.upSince !== undefined,
       framesSent: publisher.framesSent,
       packetsSent: publisher.packetsSent,
-      ...this.#inbox.counts,
+      ...this.inbox.counts,
       dropped,
       queued: publisher.batcher.size,
       queuedBytes: publisher.batcher.bytes,
@@ -2687,18 +2626,8 @@ class Node implements Context {
     };
   }
 
-  get upSince(): number | undefined {
-    const [consuming, publishing] = [this.receiver.connection.upSince, this.sender.connection.upSince];
-    return consuming === undefined || publishing === undefined ? undefined : Math.max(consuming, publishing);
-  }
-
-  get shared(): Shared {
-    const [tenant] = this.tenants.values();
-    return tenant?.shared ?? {};
-  }
-
   changed(event: "connect" | "disconnect", connection: string): void {
-    if (event === "connect") this.#resume();
+    if (event === "connect") this.resume();
     for (const tenant of this.tenants.values()) tenant.onConnection(event, connection);
   }
 
@@ -2711,8 +2640,7 @@ class Node implements Context {
         this.sender.tick();
         this.membership.beat();
       }, this.settings.heartbeatInterval),
-      setInterval(() => this.#inbox.askAll(), 100),
-      setInterval(() => this.membership.probe(), PROBE_INTERVAL),
+      setInterval(() => this.membership.watch(), WATCH_INTERVAL),
     );
   }
 
@@ -2772,12 +2700,11 @@ class Node implements Context {
     if (left > 0) throw new Error(`Closed before the broker had confirmed ${left} packets`);
   }
 
-  /** A connection is up, at the start or after a loss, or no longer blocked. */
-  #resume(): void {
+  resume(): void {
     if (this.upSince === undefined) return;
     this.reports.outageEnds();
-    void this.membership.announce(true);
-    this.#inbox.askAll();
+    void this.membership.announce();
+    this.membership.watch();
   }
 }
 
@@ -4470,8 +4397,6 @@ type Control =
   | { type: "bye"; number: number }
   /** Comes back if there is no queue. */
   | { type: "ping" }
-  /** A peer's queue is gone; whoever knows it may look for itself. */
-  | { type: "missing"; uid: string }
   /** Asks for the frames after a number, or, where none is known, for those of so many ms. */
   | { type: "ask"; id: number; after?: number | undefined; ms?: number | undefined }
   /** The answer: the frames from one number to another follow, each as it was published. */
@@ -4524,7 +4449,6 @@ const CONTROLS: Record<Control["type"], Schema> = {
   beat: { bindings: isNumber, ...PROGRESS },
   bye: { number: isNumber },
   ping: {},
-  missing: { uid: isString },
   ask: { id: isNumber, after: optional(isNumber), ms: optional(isNumber) },
   begin: { id: isNumber, from: isNumber, to: isNumber },
 };

@@ -561,7 +561,7 @@ const HOSTILITIES: ((random: Random, real: Buffer, uid: string) => Buffer | stri
   },
   // Wrong types in what is otherwise well formed.
   (random, _, uid) => {
-    const type = random.pick(["hello", "beat", "bye", "ping", "missing", "ask", "begin", "nonsense", 7]);
+    const type = random.pick(["hello", "beat", "bye", "ping", "ask", "begin", "nonsense", 7]);
     const fields = ["namespaces", "revision", "number", "floor", "shared", "reply", "rooms", "uid", "id", "from", "to"];
     const control = Object.fromEntries(fields.map((field) => [field, random.pick(ABSURD)]));
     return frame(KINDS.control, uid, [], JSON.stringify({ type, ...control }));
