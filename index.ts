@@ -1831,7 +1831,6 @@ interface Tenant extends RoomOwner {
   report(error: Error): boolean;
   /** Emits `connect` or `disconnect` with the connection's name. */
   onConnection(event: "connect" | "disconnect", connection: string): void;
-  /** Settings that must be the same on all servers. */
   readonly shared: Shared;
 }
 
@@ -1874,16 +1873,27 @@ abstract class Context {
   }
 
   /** A connection is up or lost. */
-  abstract changed(event: "connect" | "disconnect", connection: string): void;
-  /** The broker takes messages, of which it may have taken none for a while. */
-  abstract resume(): void;
+  changed(event: "connect" | "disconnect", connection: string): void {
+    if (event === "connect") this.membership.resume();
+    for (const tenant of this.tenants.values()) tenant.onConnection(event, connection);
+  }
+}
+
+/** A part of a node. */
+abstract class NodePart {
+  protected readonly context: Context;
+
+  constructor(context: Context) {
+    this.context = context;
+  }
 }
 
 /** What a user should know: handed to all listeners, and where there are none to the process, once per kind and outage. */
 class Reports {
   last: Error | undefined;
   readonly #listeners: () => Iterable<Pick<Tenant, "report">>;
-  readonly #warned = new Set<string>();
+  /** Kinds of errors that the process was warned of in this outage. */
+  readonly warned: Set<string> = new Set();
   /** Senders of frames of an unknown version, within bounds. */
   readonly #unknown = new Set<string>();
 
@@ -1898,8 +1908,8 @@ class Reports {
     queueMicrotask(() => {
       const heard = [...this.#listeners()].map((listener) => listener.report(error));
       const kind = kindOf(error);
-      if (heard.includes(true) || this.#warned.has(kind)) return;
-      this.#warned.add(kind);
+      if (heard.includes(true) || this.warned.has(kind)) return;
+      this.warned.add(kind);
       process.emitWarning(`${error.message} (listen for "error" on the adapter, or pass onError)`, "SocketIoAmqp");
     });
   };
@@ -1926,11 +1936,6 @@ class Reports {
       const what = error instanceof FrameError ? "Dropped" : "Failed to handle a message:";
       this.report(new Error(`${what} ${error.message} (${source()})`, { cause: error }));
     }
-  }
-
-  /** What is said from here on is news. */
-  outageEnds(): void {
-    this.#warned.clear();
   }
 }
 
@@ -1969,19 +1974,14 @@ const GRACE = 2_000;
 const RETURN = 20_000;
 
 /** Who else is there, and what servers tell each other about themselves. */
-class Membership {
+class Membership extends NodePart {
   readonly peers: Map<string, Peer> = new Map();
-  readonly #context: Context;
   #revision = 0;
   /** The announcement that is about to be made. */
   #announcement: Promise<void> | undefined;
   #acquainted: Promise<void> | undefined;
   /** When the last announcement was made (ms, monotonic). */
   #announcedAt = -Infinity;
-
-  constructor(context: Context) {
-    this.#context = context;
-  }
 
   /** The servers that have a namespace open, this one not counted. */
   serversOf(nsp: string): string[] {
@@ -2000,11 +2000,11 @@ class Membership {
 
   /** How many keys are bound, on all servers. */
   get bindings(): number {
-    return this.peers.values().reduce((sum, { bindings }) => sum + bindings, this.#context.receiver.countBound());
+    return this.peers.values().reduce((sum, { bindings }) => sum + bindings, this.context.receiver.countBound());
   }
 
   onControl(peer: Peer, control: Control): void {
-    const { sender } = this.#context;
+    const { sender } = this.context;
     const { uid, stream } = peer;
     switch (control.type) {
       case "hello":
@@ -2031,15 +2031,21 @@ class Membership {
   /** A message to its queue came back. */
   onUnreachable(uid: string): void {
     const peer = this.peers.get(uid);
-    if (!peer) return;
+    if (!peer || this.#mayComeBack(peer)) return;
     const now = performance.now();
-    const { upSince = now } = this.#context;
-    // Right after an outage its queue may just not be back yet.
-    if (peer.greetedAt < upSince && now - upSince < GRACE) return;
     if (peer.namespaces) this.#leaves(peer);
     // It may have lost its connection for a moment; killed, it will not come back.
     peer.queueGoneAt ??= now;
     if (now - peer.queueGoneAt >= RETURN) this.#giveUp(peer, "has no queue any more");
+  }
+
+  /** The broker takes messages, of which it may have taken none for a while. */
+  resume(): void {
+    const { upSince, reports } = this.context;
+    if (upSince === undefined) return;
+    reports.warned.clear();
+    void this.announce();
+    this.watch();
   }
 
   /** Tells everyone what is open here, which is then open for its users too. What changes until it is sent goes with it. */
@@ -2053,7 +2059,7 @@ class Membership {
    * owes an answer or a heartbeat. If its queue is gone the ping comes back, and nobody waits for it.
    */
   watch(): void {
-    const { requests, settings, sender } = this.#context;
+    const { requests, settings, sender } = this.context;
     const { owing } = requests;
     for (const peer of this.peers.values()) {
       this.ask(peer);
@@ -2064,7 +2070,7 @@ class Membership {
 
   /** Asks a peer for what may have been missed, unless it was asked just now or the answer is coming. */
   ask(peer: Peer): void {
-    const { upSince, receiver, sender } = this.#context;
+    const { upSince, receiver, sender } = this.context;
     const { catchUp, cursor: after } = peer.stream;
     const now = performance.now();
     if (!catchUp || peer.askAt > now || upSince === undefined) return;
@@ -2075,16 +2081,14 @@ class Membership {
 
   /** Right after an outage: resolves when all peers are back, and ask for what they have missed, or have had the time for it. */
   async reunited(until: number): Promise<void> {
-    const { sender } = this.#context;
-    const isAway = ({ namespaces, greetedAt }: Peer) =>
-      namespaces !== undefined && greetedAt < (this.#context.upSince ?? Infinity);
-    const isSoon = () => performance.now() < Math.min(until, (sender.connection.upSince ?? 0) + GRACE);
-    while (isSoon() && this.peers.values().some(isAway)) await Bun.sleep(20);
+    const end = Math.min(until, performance.now() + GRACE);
+    const isAwaited = (peer: Peer) => peer.namespaces !== undefined && this.#mayComeBack(peer);
+    while (performance.now() < end && this.peers.values().some(isAwaited)) await Bun.sleep(20);
   }
 
   /** Every `heartbeatInterval`. */
   beat(): void {
-    const { settings, sender, receiver } = this.#context;
+    const { settings, sender, receiver } = this.context;
     const { heartbeatTimeout, journal } = settings;
     for (const peer of this.peers.values()) {
       const silence = this.#silenceOf(peer);
@@ -2097,14 +2101,21 @@ class Membership {
     void sender.tell({ type: "beat", revision: this.#revision, number, floor, bindings: receiver.countBound() });
   }
 
+  /** Right after an outage a peer's queue may just not be back yet. */
+  #mayComeBack({ greetedAt }: Peer): boolean {
+    const now = performance.now();
+    const { upSince = now } = this.context;
+    return greetedAt < upSince && now - upSince < GRACE;
+  }
+
   /** For how many ms a peer has been silent, by what the queue delivers: after an outage nobody has been. */
   #silenceOf({ heardAt }: Peer): number {
-    const { upSince = performance.now(), receiver } = this.#context;
+    const { upSince = performance.now(), receiver } = this.context;
     return receiver.heardAt - Math.max(heardAt, upSince);
   }
 
   #onHello(peer: Peer, hello: Control & { type: "hello" }): void {
-    const { shared, reports, sender } = this.#context;
+    const { shared, reports, sender } = this.context;
     if (peer.greetedAt === 0) reports.compare(peer.uid, shared, hello.shared);
     peer.namespaces = new Set(hello.namespaces);
     peer.revision = hello.revision;
@@ -2118,7 +2129,7 @@ class Membership {
   async #announceSoon(): Promise<void> {
     await Bun.sleep(Math.max(0, this.#announcedAt + ANNOUNCE_INTERVAL - performance.now()));
     this.#announcement = undefined;
-    const { upSince, sender, receiver } = this.#context;
+    const { upSince, sender, receiver } = this.context;
     if (upSince === undefined) return; // the next connection announces
     // The first one on these connections asks the others for theirs.
     const hello = this.#hello(this.#announcedAt < upSince);
@@ -2126,7 +2137,7 @@ class Membership {
     const tenants = receiver.liveTenants;
     if (await sender.tell(hello)) {
       await (this.#acquainted ??= this.#meet(performance.now() - announcedAt));
-      for (const { opened } of [...tenants, this.#context]) opened.resolve();
+      for (const { opened } of [...tenants, this.context]) opened.resolve();
     } else this.#announcedAt = -Infinity;
   }
 
@@ -2136,7 +2147,7 @@ class Membership {
   }
 
   #hello(reply: boolean): Control {
-    const { sender, receiver, shared } = this.#context;
+    const { sender, receiver, shared } = this.context;
     const { number, floor } = sender.publisher;
     const namespaces = receiver.liveTenants.map(({ nsp }) => nsp.name);
     return { type: "hello", revision: this.#revision, reply, namespaces, number, floor, shared };
@@ -2147,8 +2158,8 @@ class Membership {
     peer.namespaces = undefined;
     peer.bindings = 0;
     peer.replay = undefined;
-    this.#context.requests.onLeave(peer.uid);
-    this.#context.receiver.renewSoon();
+    this.context.requests.onLeave(peer.uid);
+    this.context.receiver.renewSoon();
   }
 
   /** What the peer has sent is delivered as far as it is here; `last` is the number of its last frame, where that is known. */
@@ -2158,7 +2169,7 @@ class Membership {
     const missing = stream.giveUp(last);
     if (last !== undefined && missing === 0) return;
     const what = missing > 0 ? `${missing} frames` : "frames";
-    this.#context.reports.report(new Error(`Peer ${uid} ${why}: ${what} after number ${cursor ?? 0} may be lost`));
+    this.context.reports.report(new Error(`Peer ${uid} ${why}: ${what} after number ${cursor ?? 0} may be lost`));
   }
 }
 
@@ -2173,14 +2184,18 @@ interface Request {
   /** Nobody owes anything any more. */
   readonly end: () => void;
 }
-type Answers = Pick<Request, "take" | "done">;
 
 /** Questions to peers, and who has not answered yet. */
 class Requests {
   readonly #open = new Map<string, Request>();
 
   /** Resolves when each of `peers` has said all or has left, or after `ms`, with how many have not. */
-  ask(peers: string[], ms: number, send: (id: string) => void, answers: Answers): Promise<number> {
+  ask(
+    peers: string[],
+    ms: number,
+    send: (id: string) => void,
+    answers: Pick<Request, "take" | "done">,
+  ): Promise<number> {
     if (peers.length === 0) return Promise.resolve(0);
     const id = randomUUID();
     send(id); // throws if it cannot be encoded, and then there is no request
@@ -2229,11 +2244,10 @@ const AGAIN = "again";
 const REPLAY_WINDOW = 64;
 
 /** The publishing connection, and the publisher on it. */
-class Sender {
+class Sender extends NodePart implements ConnectionEvents {
+  readonly connection: Connection = new Connection("publishing", this.context, this);
   readonly publisher: Publisher;
-  readonly connection: Connection;
   dropped = 0;
-  readonly #context: Context;
   #reportedDropped = 0;
   #flushing: Timeout | undefined;
   /** Resolves when the answers to peers are sent that have been begun. */
@@ -2242,14 +2256,13 @@ class Sender {
   #maxKeyBytes = 0;
 
   constructor(context: Context) {
-    const { uid, settings, reports } = context;
-    this.#context = context;
+    super(context);
     const facts = {
       servers: (nsp: string) => context.membership.serversOf(nsp).length,
       severalKeys: () => this.#looksKeysUp || context.membership.bindings <= FEW_BINDINGS,
       maxKeyBytes: () => this.#maxKeyBytes,
     };
-    this.publisher = new Publisher(uid, settings, facts, {
+    this.publisher = new Publisher(context.uid, context.settings, facts, {
       dropped: (packets) => (this.dropped += packets),
       flushIn: (ms) => {
         if (ms === 0) return queueMicrotask(this.publisher.flush);
@@ -2259,17 +2272,6 @@ class Sender {
         }, ms);
       },
     });
-    this.connection = new Connection("publishing", context, {
-      up: (model, lose) => this.#up(model, lose),
-      down: (error: BrokerError) => {
-        // A message that is larger than the broker or the connection allows would close the next channel as well.
-        const isTooLarge = (error.code === 406 && error.classId === 60) || error.code === 501;
-        const size = isTooLarge ? this.publisher.giveUpLargest() : 0;
-        if (size > 0)
-          reports.report(new RangeError(`A frame of ${size} bytes was refused: ${error.message}; lower maxPayload`));
-        this.publisher.down();
-      },
-    });
   }
 
   /** A packet for a destination. Volatile ones are dropped while the broker is away. */
@@ -2277,21 +2279,18 @@ class Sender {
     const packet = asParts(parts);
     let length = 0;
     for (const part of packet) length += part.length;
-    const { maxPayload } = this.#context.settings;
-    if ((to.head.length + length) * 3 + OVERHEAD > maxPayload) {
-      const size = packet.reduce((sum, part) => sum + Buffer.byteLength(part), OVERHEAD + Buffer.byteLength(to.head));
-      if (size > maxPayload) {
-        const message = `A packet of ${size} bytes was not sent: maxPayload is ${maxPayload} bytes`;
-        return this.#context.reports.report(new RangeError(message));
-      }
-    }
-    this.publisher.add(to, packet, length);
+    const { settings, reports } = this.context;
+    const { maxPayload } = settings;
+    let size = (to.head.length + length) * 3 + OVERHEAD; // at most
+    if (size > maxPayload) size = [to.head, ...packet].reduce((sum, part) => sum + Buffer.byteLength(part), OVERHEAD);
+    if (size <= maxPayload) return this.publisher.add(to, packet, length);
+    reports.report(new RangeError(`A packet of ${size} bytes was not sent: maxPayload is ${maxPayload} bytes`));
   }
 
   /** Tells one peer or all, now or not at all; resolves with whether the broker took it. */
   tell(control: Control, uid?: string): Promise<boolean> {
     const key = uid === undefined ? ALL_SERVERS : serverKey(uid);
-    return this.publisher.sendNow(key, controlFrame(this.#context.uid, control));
+    return this.publisher.sendNow(key, controlFrame(this.context.uid, control));
   }
 
   /** Answers a peer that asks for what it has missed: the frames of the log, one by one, straight to the peer's queue. */
@@ -2300,7 +2299,7 @@ class Sender {
     const now = performance.now();
     // The same question again: the answer stands in the peer's queue behind much else, unless that takes too long.
     const isSame = latest?.id === id && latest.after === after;
-    if (isSame && now - latest.at < this.#context.settings.heartbeatTimeout) return;
+    if (isSame && now - latest.at < this.context.settings.heartbeatTimeout) return;
     const sent = this.#sendAgain(peer, (peer.replay = { id, after, at: now }), now - ms);
     this.#replayed = this.#replayed.then(() => sent);
   }
@@ -2311,9 +2310,9 @@ class Sender {
     const packets = this.dropped - this.#reportedDropped;
     this.#reportedDropped = this.dropped;
     if (packets === 0) return;
-    const { maxQueued, journal } = this.#context.settings;
+    const { maxQueued, journal } = this.context.settings;
     const limits = `at most ${maxQueued} bytes, and ${journal.ms} ms without a broker`;
-    this.#context.reports.report(new Error(`Dropped ${packets} packets that waited: ${limits}`));
+    this.context.reports.report(new Error(`Dropped ${packets} packets that waited: ${limits}`));
   }
 
   /** Sends the rest and a goodbye, as far as that takes no longer than `ms`; gives the number of packets that are left. */
@@ -2346,8 +2345,8 @@ class Sender {
     if (!(await taken) && peer.replay === replay) peer.replay = undefined;
   }
 
-  async #up(model: AmqpConnection, lose: Lose): Promise<() => void> {
-    const { names, reports, membership } = this.#context;
+  async up(model: AmqpConnection, lose: Lose): Promise<() => void> {
+    const { names, reports, membership } = this.context;
     const channel = watched(await model.createConfirmChannel(), lose);
     // Not in amqplib's turn: it would answer a user's callback that throws by closing the channel.
     channel.on("return", ({ fields }) =>
@@ -2360,7 +2359,7 @@ class Sender {
     });
     emitter.on("unblocked", () => {
       this.publisher.block(false);
-      this.#context.resume();
+      membership.resume();
     });
     await declare(channel, names);
     const transmit: Transmit = ({ keys: [key = "", ...CC], body, direct, again }, confirmed) => {
@@ -2382,6 +2381,15 @@ class Sender {
       this.publisher.up(transmit);
     };
   }
+
+  down(error: BrokerError): void {
+    // A message that is larger than the broker or the connection allows would close the next channel as well.
+    const isTooLarge = (error.code === 406 && error.classId === 60) || error.code === 501;
+    const size = isTooLarge ? this.publisher.giveUpLargest() : 0;
+    const message = `A frame of ${size} bytes was refused: ${error.message}; lower maxPayload`;
+    if (size > 0) this.context.reports.report(new RangeError(message));
+    this.publisher.down();
+  }
 }
 
 /** The origin of what other AMQP clients publish. */
@@ -2390,38 +2398,18 @@ const FOREIGN: Origin = { sender: "foreign.", number: 0 };
 const RENEW_AFTER = 2_000;
 
 /** The consuming connection: the queue, what it is bound to, and what it delivers. */
-class Receiver {
-  readonly connection: Connection;
+class Receiver extends NodePart implements ConnectionEvents {
+  readonly connection: Connection = new Connection("consuming", this.context, this);
   /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
   heardAt = 0;
   /** Since when the queue was last away (ms, monotonic); undefined until then. */
   awaySince: number | undefined;
-  readonly #context: Context;
   #topology: Topology | undefined;
   /** Resolves when the connection that is being opened is live or has failed. */
-  #opening: PromiseWithResolvers<void> | undefined;
+  #opening: PromiseWithResolvers<void> | undefined = Promise.withResolvers<void>();
   /** How often a queue was made. */
   #generation = 0;
   #renewal: Timeout | undefined;
-
-  constructor(context: Context) {
-    this.#context = context;
-    this.connection = new Connection("consuming", context, {
-      up: (model, lose) => this.#up(model, lose),
-      down: () => {
-        // At the start there may be no broker.
-        if (this.#topology || this.awaySince === undefined) this.awaySince = performance.now();
-        this.#topology?.end();
-        this.#opened(undefined);
-        context.inbox.startCatchUp();
-      },
-    });
-  }
-
-  start(): void {
-    this.#opening = Promise.withResolvers<void>();
-    this.connection.start();
-  }
 
   /**
    * Binds or unbinds a routing key as the rooms want it. Resolves when a key that is wanted is live, at once while the broker
@@ -2433,14 +2421,13 @@ class Receiver {
 
   /** The namespaces whose packets come to the queue. */
   get liveTenants(): Tenant[] {
-    return [...this.#context.tenants.values()].filter(({ key }) => this.#topology?.bindings.isLive(key));
+    return [...this.context.tenants.values()].filter(({ key }) => this.#topology?.bindings.isLive(key));
   }
 
   /** How many of these keys are bound; of all if none are given. */
   countBound(keys?: Iterable<string>): number {
-    const bound = this.#topology?.bindings.bound;
-    if (!bound || !keys) return bound?.size ?? 0;
-    return Array.from(keys).filter((key) => bound.has(key)).length;
+    const bound = this.#topology?.bindings.bound ?? new Map<string, Way>();
+    return keys ? [...keys].filter((key) => bound.has(key)).length : bound.size;
   }
 
   /** Whether what is published under a key, by its digest, should come to this queue. */
@@ -2462,9 +2449,9 @@ class Receiver {
   }
 
   /** Everything that the consuming connection needs, at the start and after each loss. */
-  async #up(model: AmqpConnection, lose: Lose): Promise<() => void> {
+  async up(model: AmqpConnection, lose: Lose): Promise<() => void> {
     this.#opening ??= Promise.withResolvers<void>();
-    const { uid, settings, names, tenants } = this.#context;
+    const { uid, settings, names, tenants } = this.context;
     const before = this.#generation > 0 ? names.queue(uid, this.#generation) : undefined;
     // A new name each time: after a half-open link the broker may still hold the old queue.
     const queue = names.queue(uid, ++this.#generation);
@@ -2478,6 +2465,14 @@ class Receiver {
     return () => this.#opened(topology);
   }
 
+  down(): void {
+    // At the start there may be no broker.
+    if (this.#topology || this.awaySince === undefined) this.awaySince = performance.now();
+    this.#topology?.end();
+    this.#opened(undefined);
+    this.context.inbox.startCatchUp();
+  }
+
   #opened(topology: Topology | undefined): void {
     this.#topology = topology;
     this.#opening?.resolve();
@@ -2486,7 +2481,7 @@ class Receiver {
 
   #receive({ content, fields, properties }: ConsumeMessage): void {
     this.heardAt = performance.now();
-    const { settings, reports, inbox } = this.#context;
+    const { settings, reports, inbox } = this.context;
     const source = () => `exchange ${fields.exchange}, routing key ${fields.routingKey}`;
     reports.guard(source, () => {
       if (content.length > settings.maxPayload)
@@ -2500,13 +2495,12 @@ class Receiver {
 
   /** An event from any AMQP client: the routing keys, or the room's exchange, name the rooms. */
   #onForeign(content: Buffer, { exchange, routingKey }: ConsumeMessage["fields"], cc: unknown): void {
-    const { names, tenants } = this.#context;
+    const { names, tenants } = this.context;
     const text = content.toString();
     // Before it is parsed: a few thousand nested brackets would take milliseconds.
-    if (!/^\s*\[\s*"/.test(text))
+    const data = /^\s*\[\s*"/.test(text) ? parseJson(text) : undefined;
+    if (!isList(data))
       throw new FrameError(`${JSON.stringify(text.slice(0, 20))}; expected an array that begins with a string`);
-    const data = parseJson(text);
-    if (!isList(data)) throw new FrameError("application/json that is no array");
     const isRoomExchange = exchange !== names.main && exchange !== names.keys;
     const keys = isRoomExchange
       ? (this.#topology?.bindings.viaExchange() ?? []).filter((key) => names.roomExchange(key) === exchange)
@@ -2521,16 +2515,11 @@ class Receiver {
 }
 
 /** The frames of each peer: put in order, asked for where they are missing, and delivered. */
-class Inbox {
+class Inbox extends NodePart {
   readonly counts = { framesReceived: 0, packetsReceived: 0, replayed: 0, duplicates: 0, lost: 0 };
-  readonly #context: Context;
-
-  constructor(context: Context) {
-    this.#context = context;
-  }
 
   onFrame(frame: Frame, again: boolean): void {
-    const { uid, tenants, membership, receiver } = this.#context;
+    const { uid, tenants, membership, receiver } = this.context;
     if (frame.sender === uid) return;
     const peer = membership.peers.get(frame.sender) ?? this.#newPeer(frame.sender);
     peer.heardAt = receiver.heardAt;
@@ -2541,7 +2530,7 @@ class Inbox {
 
   /** The queue is away, and something may be missed: each peer is asked for it. An emitter misses nothing. */
   startCatchUp(): void {
-    const { tenants, membership } = this.#context;
+    const { tenants, membership } = this.context;
     if (tenants.size > 0) for (const peer of membership.peers.values()) this.#startCatchUp(peer);
   }
 
@@ -2552,13 +2541,13 @@ class Inbox {
 
   #onPackets(peer: Peer, frame: Frame, again: boolean): void {
     const { stream } = peer;
-    if (!again) stream.receive(frame, predecessorsOf(frame, this.#context.receiver.expects, stream.hasNot));
+    if (!again) stream.receive(frame, predecessorsOf(frame, this.context.receiver.expects, stream.hasNot));
     else if (stream.receiveAgain(frame)) peer.askAt = performance.now() + ASK_AGAIN;
     else this.#startCatchUp(peer);
   }
 
   #newPeer(uid: string): Peer {
-    const { settings, reports, tenants, membership, receiver } = this.#context;
+    const { settings, reports, tenants, membership, receiver } = this.context;
     const { counts } = this;
     const events = {
       deliver: (frame: Frame) => this.#deliver(frame),
@@ -2580,7 +2569,7 @@ class Inbox {
   }
 
   #deliver(frame: Frame): void {
-    const { uid, tenants, reports } = this.#context;
+    const { uid, tenants, reports } = this.context;
     this.counts.framesReceived++;
     this.counts.packetsReceived += frame.packets;
     const source = () => `peer ${frame.sender}`;
@@ -2626,14 +2615,9 @@ class Node extends Context {
     };
   }
 
-  changed(event: "connect" | "disconnect", connection: string): void {
-    if (event === "connect") this.resume();
-    for (const tenant of this.tenants.values()) tenant.onConnection(event, connection);
-  }
-
   start(): void {
     if (this.#timers.length > 0) return;
-    this.receiver.start();
+    this.receiver.connection.start();
     this.sender.connection.start();
     this.#timers.push(
       setInterval(() => {
@@ -2670,17 +2654,16 @@ class Node extends Context {
     const { name } = tenant.nsp;
     tenant.opened.reject(new Error(`The adapter of ${name} was closed before it was ready`));
     if (this.tenants.get(name) !== tenant) return; // it has been replaced
-    if (this.tenants.size === 1) {
-      const patience = this.sender.connection.upSince === undefined ? 0 : this.settings.requestsTimeout;
-      await this.close(patience).catch((error) => this.reports.report(asError(error)));
-      await null; // what was reported reaches its listeners
+    if (this.tenants.size > 1) {
       this.tenants.delete(name);
-      return;
+      this.#routes.delete(name);
+      for (const key of [tenant.key, ...tenant.keys()]) void this.receiver.follow(key);
+      return this.membership.announce();
     }
+    const patience = this.sender.connection.upSince === undefined ? 0 : this.settings.requestsTimeout;
+    await this.close(patience).catch((error) => this.reports.report(asError(error)));
+    await null; // what was reported reaches its listeners
     this.tenants.delete(name);
-    this.#routes.delete(name);
-    for (const key of [tenant.key, ...tenant.keys()]) void this.receiver.follow(key);
-    await this.membership.announce();
   }
 
   /** Waits up to `ms` for the broker to confirm what was sent; rejects if it has not. Leaves nothing on the broker. */
@@ -2698,13 +2681,6 @@ class Node extends Context {
     await Promise.all([this.receiver.close(left > 0 ? 0 : UNBIND_PATIENCE), this.sender.connection.close()]);
     this.opened.reject(new Error("Closed before it was ready"));
     if (left > 0) throw new Error(`Closed before the broker had confirmed ${left} packets`);
-  }
-
-  resume(): void {
-    if (this.upSince === undefined) return;
-    this.reports.outageEnds();
-    void this.membership.announce();
-    this.membership.watch();
   }
 }
 
