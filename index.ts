@@ -1954,13 +1954,11 @@ interface Peer {
   revision?: number;
   /** How many keys it has bound, by its last heartbeat. */
   bindings: number;
-  /** When it is to be asked again for what was missed. */
-  askAt: number;
   /** What it has last asked for, and when the answer last got on. */
   replay?: { readonly id: number; readonly after: number | undefined; at: number } | undefined;
 }
 
-/** How often peers are looked after that owe an answer, a heartbeat or frames, in ms. */
+/** How often peers are pinged that owe an answer or a heartbeat, and asked that owe frames, in ms. */
 const WATCH_INTERVAL = 250;
 /** At least this long between two announcements (ms), for a thousand namespaces that open one after the other. */
 const ANNOUNCE_INTERVAL = 20;
@@ -2023,7 +2021,7 @@ class Membership extends NodePart {
         return sender.replay(peer, control);
       case "begin":
         if (stream.catchUp?.id !== control.id) return; // the answer to an earlier question
-        peer.askAt = performance.now() + ASK_AGAIN;
+        stream.catchUp.askAt = performance.now() + ASK_AGAIN;
         return stream.begin(control.from, control.to);
     }
   }
@@ -2054,10 +2052,7 @@ class Membership extends NodePart {
     return (this.#announcement ??= this.#announceSoon());
   }
 
-  /**
-   * Every `WATCH_INTERVAL`: asks again for what was missed, for a peer's queue may not have been back; and pings each peer that
-   * owes an answer or a heartbeat. If its queue is gone the ping comes back, and nobody waits for it.
-   */
+  /** Every `WATCH_INTERVAL`: asks for what was missed, and pings who owes an answer or a heartbeat: a dead one's ping comes back. */
   watch(): void {
     const { requests, settings, sender } = this.context;
     const { owing } = requests;
@@ -2073,8 +2068,8 @@ class Membership extends NodePart {
     const { upSince, receiver, sender } = this.context;
     const { catchUp, cursor: after } = peer.stream;
     const now = performance.now();
-    if (!catchUp || peer.askAt > now || upSince === undefined) return;
-    peer.askAt = now + ASK_AGAIN;
+    if (!catchUp || catchUp.askAt > now || upSince === undefined) return;
+    catchUp.askAt = now + ASK_AGAIN;
     const ms = after === undefined ? Math.ceil(now - (receiver.awaySince ?? now)) : undefined;
     void sender.tell({ type: "ask", id: catchUp.id, after, ms }, peer.uid);
   }
@@ -2121,7 +2116,7 @@ class Membership extends NodePart {
     peer.revision = hello.revision;
     peer.greetedAt = peer.heardAt;
     peer.queueGoneAt = undefined;
-    peer.askAt = 0; // its queue is back
+    if (peer.stream.catchUp) peer.stream.catchUp.askAt = 0; // its queue is back
     peer.stream.hears(hello.number, hello.floor);
     if (hello.reply) void sender.tell(this.#hello(false), peer.uid);
   }
@@ -2173,29 +2168,22 @@ class Membership extends NodePart {
   }
 }
 
-/** A question to peers. */
-interface Request {
+/** What becomes of the answers to a question. */
+interface Answers {
   /** Takes an answer; true once that peer has said all. */
   readonly take: (message: Answer, from: string) => boolean;
   /** A peer has said all, or has left. */
   readonly done?: ((uid: string) => void) | undefined;
-  /** Peers that have not said all. */
-  readonly owing: Set<string>;
-  /** Nobody owes anything any more. */
-  readonly end: () => void;
 }
+/** Owing are the peers that have not said all; when there are none, it ends. */
+type Request = Answers & { readonly owing: Set<string>; readonly end: () => void };
 
 /** Questions to peers, and who has not answered yet. */
 class Requests {
   readonly #open = new Map<string, Request>();
 
   /** Resolves when each of `peers` has said all or has left, or after `ms`, with how many have not. */
-  ask(
-    peers: string[],
-    ms: number,
-    send: (id: string) => void,
-    answers: Pick<Request, "take" | "done">,
-  ): Promise<number> {
+  ask(peers: string[], ms: number, send: (id: string) => void, answers: Answers): Promise<number> {
     if (peers.length === 0) return Promise.resolve(0);
     const id = randomUUID();
     send(id); // throws if it cannot be encoded, and then there is no request
@@ -2411,10 +2399,7 @@ class Receiver extends NodePart implements ConnectionEvents {
   #generation = 0;
   #renewal: Timeout | undefined;
 
-  /**
-   * Binds or unbinds a routing key as the rooms want it. Resolves when a key that is wanted is live, at once while the broker
-   * is away.
-   */
+  /** Binds or unbinds a key as the rooms want it. Resolves when one that is wanted is live, at once while there is no broker. */
   follow(key: string): Promise<void> | undefined {
     return this.#topology ? this.#topology.follow(key) : this.#opening?.promise;
   }
@@ -2465,12 +2450,14 @@ class Receiver extends NodePart implements ConnectionEvents {
     return () => this.#opened(topology);
   }
 
+  /** Something may be missed from here on: each peer is asked for it. An emitter misses nothing. */
   down(): void {
+    const { tenants, membership } = this.context;
     // At the start there may be no broker.
     if (this.#topology || this.awaySince === undefined) this.awaySince = performance.now();
     this.#topology?.end();
     this.#opened(undefined);
-    this.context.inbox.startCatchUp();
+    if (tenants.size > 0) for (const { stream } of membership.peers.values()) stream.startCatchUp();
   }
 
   #opened(topology: Topology | undefined): void {
@@ -2528,29 +2515,17 @@ class Inbox extends NodePart {
     if (peer.stream.catchUp) membership.ask(peer);
   }
 
-  /** The queue is away, and something may be missed: each peer is asked for it. An emitter misses nothing. */
-  startCatchUp(): void {
-    const { tenants, membership } = this.context;
-    if (tenants.size > 0) for (const peer of membership.peers.values()) this.#startCatchUp(peer);
-  }
-
-  #startCatchUp(peer: Peer): void {
-    peer.stream.startCatchUp();
-    peer.askAt = 0;
-  }
-
-  #onPackets(peer: Peer, frame: Frame, again: boolean): void {
-    const { stream } = peer;
+  #onPackets({ stream }: Peer, frame: Frame, again: boolean): void {
     if (!again) stream.receive(frame, predecessorsOf(frame, this.context.receiver.expects, stream.hasNot));
-    else if (stream.receiveAgain(frame)) peer.askAt = performance.now() + ASK_AGAIN;
-    else this.#startCatchUp(peer);
+    else if (!stream.receiveAgain(frame)) stream.startCatchUp();
+    else if (stream.catchUp) stream.catchUp.askAt = performance.now() + ASK_AGAIN;
   }
 
   #newPeer(uid: string): Peer {
     const { settings, reports, tenants, membership, receiver } = this.context;
     const { counts } = this;
     const events = {
-      deliver: (frame: Frame) => this.#deliver(frame),
+      deliver: this.#deliver,
       replayed: () => counts.replayed++,
       duplicate: () => counts.duplicates++,
       lost: (frames: number) => {
@@ -2559,7 +2534,7 @@ class Inbox extends NodePart {
       },
     };
     const stream = new PeerStream<Frame>(events, settings.journal.bytes);
-    const peer = { uid, stream, heardAt: 0, greetedAt: 0, bindings: 0, askAt: 0 };
+    const peer = { uid, stream, heardAt: 0, greetedAt: 0, bindings: 0 };
     membership.peers.set(uid, peer);
     // Whoever is heard for the first time may have begun to send during an outage.
     const wasAway = receiver.awaySince !== undefined && tenants.size > 0;
@@ -2568,7 +2543,7 @@ class Inbox extends NodePart {
     return peer;
   }
 
-  #deliver(frame: Frame): void {
+  readonly #deliver = (frame: Frame): void => {
     const { uid, tenants, reports } = this.context;
     this.counts.framesReceived++;
     this.counts.packetsReceived += frame.packets;
@@ -2584,7 +2559,7 @@ class Inbox extends NodePart {
         else for (const parts of packets()) reports.guard(source, () => tenant.onMessage(readMessage(parts), frame));
       }
     });
-  }
+  };
 }
 
 /** Wires the parts of one server together, or of one emitter. A server's namespaces share it. */
@@ -2717,6 +2692,8 @@ interface CatchUp<F> {
   bytes: number;
   /** The last number of the answer, once it has begun. */
   to?: number;
+  /** For the owner: when to ask the peer (again). */
+  askAt: number;
 }
 
 interface StreamEvents<F> {
@@ -2770,7 +2747,7 @@ class PeerStream<F extends Frame> {
   /** Something may have been missed: before an outage's end, or as a frame says. */
   startCatchUp(): CatchUp<F> {
     const { held = new Map(), bytes = 0 } = this.catchUp ?? {};
-    return (this.catchUp = { id: ++this.#questions, held, bytes });
+    return (this.catchUp = { id: ++this.#questions, held, bytes, askAt: 0 });
   }
 
   /** The peer says that it has published up to this number, of which all up to `floor` is confirmed. */
