@@ -2002,11 +2002,19 @@ class Membership extends NodePart {
   }
 
   onControl(peer: Peer, control: Control): void {
-    const { sender } = this.context;
+    const { sender, reports, shared } = this.context;
     const { uid, stream } = peer;
     switch (control.type) {
       case "hello":
-        return this.#onHello(peer, control);
+        if (peer.greetedAt === 0) reports.compare(uid, shared, control.shared);
+        peer.namespaces = new Set(control.namespaces);
+        peer.revision = control.revision;
+        peer.greetedAt = peer.heardAt;
+        peer.queueGoneAt = undefined;
+        if (stream.catchUp) stream.catchUp.askAt = 0; // its queue is back
+        stream.hears(control.number, control.floor);
+        if (control.reply) void sender.tell(this.#hello(false), uid);
+        return;
       case "beat":
         peer.bindings = control.bindings;
         stream.hears(control.number, control.floor);
@@ -2021,7 +2029,7 @@ class Membership extends NodePart {
         return sender.replay(peer, control);
       case "begin":
         if (stream.catchUp?.id !== control.id) return; // the answer to an earlier question
-        stream.catchUp.askAt = performance.now() + ASK_AGAIN;
+        stream.catchUp.askAt = peer.heardAt + ASK_AGAIN;
         return stream.begin(control.from, control.to);
     }
   }
@@ -2052,14 +2060,21 @@ class Membership extends NodePart {
     return (this.#announcement ??= this.#announceSoon());
   }
 
-  /** Every `WATCH_INTERVAL`: asks for what was missed, and pings who owes an answer or a heartbeat: a dead one's ping comes back. */
+  /** Every `WATCH_INTERVAL`: looks after peers that owe frames, an answer or a heartbeat. */
   watch(): void {
-    const { requests, settings, sender } = this.context;
-    const { owing } = requests;
+    const { upSince = performance.now(), receiver, requests, settings, sender } = this.context;
+    const { heartbeatInterval, heartbeatTimeout, journal } = settings;
     for (const peer of this.peers.values()) {
       this.ask(peer);
-      const isLate = this.#silenceOf(peer) > settings.heartbeatInterval + WATCH_INTERVAL;
-      if (peer.namespaces && (isLate || owing.has(peer.uid))) void sender.tell({ type: "ping" }, peer.uid);
+      // By what the queue delivers: right after an outage nobody has been silent.
+      const silence = receiver.heardAt - Math.max(peer.heardAt, upSince);
+      const isLate = silence > heartbeatInterval + WATCH_INTERVAL;
+      // If its queue is gone the ping comes back, and nobody waits for it.
+      if (peer.namespaces && (isLate || requests.isAwaited(peer.uid))) void sender.tell({ type: "ping" }, peer.uid);
+      if (peer.namespaces && silence > heartbeatTimeout) this.#leaves(peer);
+      if (silence <= heartbeatTimeout + journal.ms) continue; // it may come back, and publish again what has been seen
+      this.#giveUp(peer, "is silent");
+      this.peers.delete(peer.uid);
     }
   }
 
@@ -2083,15 +2098,7 @@ class Membership extends NodePart {
 
   /** Every `heartbeatInterval`. */
   beat(): void {
-    const { settings, sender, receiver } = this.context;
-    const { heartbeatTimeout, journal } = settings;
-    for (const peer of this.peers.values()) {
-      const silence = this.#silenceOf(peer);
-      if (silence > heartbeatTimeout && peer.namespaces) this.#leaves(peer);
-      if (silence <= heartbeatTimeout + journal.ms) continue; // it may come back, and publish again what has been seen
-      this.#giveUp(peer, "is silent");
-      this.peers.delete(peer.uid);
-    }
+    const { sender, receiver } = this.context;
     const { number, floor } = sender.publisher;
     void sender.tell({ type: "beat", revision: this.#revision, number, floor, bindings: receiver.countBound() });
   }
@@ -2101,24 +2108,6 @@ class Membership extends NodePart {
     const now = performance.now();
     const { upSince = now } = this.context;
     return greetedAt < upSince && now - upSince < GRACE;
-  }
-
-  /** For how many ms a peer has been silent, by what the queue delivers: after an outage nobody has been. */
-  #silenceOf({ heardAt }: Peer): number {
-    const { upSince = performance.now(), receiver } = this.context;
-    return receiver.heardAt - Math.max(heardAt, upSince);
-  }
-
-  #onHello(peer: Peer, hello: Control & { type: "hello" }): void {
-    const { shared, reports, sender } = this.context;
-    if (peer.greetedAt === 0) reports.compare(peer.uid, shared, hello.shared);
-    peer.namespaces = new Set(hello.namespaces);
-    peer.revision = hello.revision;
-    peer.greetedAt = peer.heardAt;
-    peer.queueGoneAt = undefined;
-    if (peer.stream.catchUp) peer.stream.catchUp.askAt = 0; // its queue is back
-    peer.stream.hears(hello.number, hello.floor);
-    if (hello.reply) void sender.tell(this.#hello(false), peer.uid);
   }
 
   async #announceSoon(): Promise<void> {
@@ -2206,9 +2195,9 @@ class Requests {
     for (const request of this.#open.values()) this.#finish(request, uid);
   }
 
-  /** Peers that have not said all. */
-  get owing(): Set<string> {
-    return new Set(this.#open.values().flatMap((request) => request.owing));
+  /** Whether somebody waits for this peer. */
+  isAwaited(uid: string): boolean {
+    return this.#open.values().some(({ owing }) => owing.has(uid));
   }
 
   close(): void {
@@ -2509,16 +2498,15 @@ class Inbox extends NodePart {
     const { uid, tenants, membership, receiver } = this.context;
     if (frame.sender === uid) return;
     const peer = membership.peers.get(frame.sender) ?? this.#newPeer(frame.sender);
+    const { stream } = peer;
     peer.heardAt = receiver.heardAt;
     if (frame.kind === FrameKind.Control) membership.onControl(peer, readControl(frame));
-    else if (tenants.size > 0) this.#onPackets(peer, frame, again); // an emitter takes none
-    if (peer.stream.catchUp) membership.ask(peer);
-  }
-
-  #onPackets({ stream }: Peer, frame: Frame, again: boolean): void {
-    if (!again) stream.receive(frame, predecessorsOf(frame, this.context.receiver.expects, stream.hasNot));
+    else if (tenants.size === 0)
+      return; // an emitter takes none
+    else if (!again) stream.receive(frame, predecessorsOf(frame, receiver.expects, stream.hasNot));
     else if (!stream.receiveAgain(frame)) stream.startCatchUp();
-    else if (stream.catchUp) stream.catchUp.askAt = performance.now() + ASK_AGAIN;
+    else if (stream.catchUp) stream.catchUp.askAt = peer.heardAt + ASK_AGAIN;
+    if (stream.catchUp) membership.ask(peer);
   }
 
   #newPeer(uid: string): Peer {
