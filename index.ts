@@ -1950,7 +1950,7 @@ interface Peer {
   namespaces?: Set<string> | undefined;
   /** Since when its queue is gone; undefined while it is there, as far as is known. */
   queueGoneAt?: number | undefined;
-  /** How often `namespaces` had changed, by its last hello. */
+  /** When it made the announcement that `namespaces` are of, by its own clock. */
   revision?: number;
   /** How many keys it has bound, by its last heartbeat. */
   bindings: number;
@@ -1974,12 +1974,11 @@ const RETURN = 20_000;
 /** Who else is there, and what servers tell each other about themselves. */
 class Membership extends NodePart {
   readonly peers: Map<string, Peer> = new Map();
-  #revision = 0;
   /** The announcement that is about to be made. */
   #announcement: Promise<void> | undefined;
   #acquainted: Promise<void> | undefined;
-  /** When the last announcement was made (ms, monotonic). */
-  #announcedAt = -Infinity;
+  /** When the last announcement was made (ms, monotonic); 0 if the broker has taken none. */
+  #announcedAt = 0;
 
   /** The servers that have a namespace open, this one not counted. */
   serversOf(nsp: string): string[] {
@@ -2056,7 +2055,6 @@ class Membership extends NodePart {
 
   /** Tells everyone what is open here, which is then open for its users too. What changes until it is sent goes with it. */
   announce(): Promise<void> {
-    this.#revision++;
     return (this.#announcement ??= this.#announceSoon());
   }
 
@@ -2100,7 +2098,7 @@ class Membership extends NodePart {
   beat(): void {
     const { sender, receiver } = this.context;
     const { number, floor } = sender.publisher;
-    void sender.tell({ type: "beat", revision: this.#revision, number, floor, bindings: receiver.countBound() });
+    void sender.tell({ type: "beat", revision: this.#announcedAt, number, floor, bindings: receiver.countBound() });
   }
 
   /** Right after an outage a peer's queue may just not be back yet. */
@@ -2115,14 +2113,13 @@ class Membership extends NodePart {
     this.#announcement = undefined;
     const { upSince, sender, receiver } = this.context;
     if (upSince === undefined) return; // the next connection announces
-    // The first one on these connections asks the others for theirs.
-    const hello = this.#hello(this.#announcedAt < upSince);
-    const announcedAt = (this.#announcedAt = performance.now());
+    const asksOthers = this.#announcedAt < upSince; // the first one on these connections
+    const announcedAt = (this.#announcedAt = Math.ceil(performance.now()));
     const tenants = receiver.liveTenants;
-    if (await sender.tell(hello)) {
+    if (await sender.tell(this.#hello(asksOthers))) {
       await (this.#acquainted ??= this.#meet(performance.now() - announcedAt));
       for (const { opened } of [...tenants, this.context]) opened.resolve();
-    } else this.#announcedAt = -Infinity;
+    } else this.#announcedAt = 0;
   }
 
   /** After the first hello, whose confirm took some ms: resolves when no more peers answer it. */
@@ -2134,7 +2131,7 @@ class Membership extends NodePart {
     const { sender, receiver, shared } = this.context;
     const { number, floor } = sender.publisher;
     const namespaces = receiver.liveTenants.map(({ nsp }) => nsp.name);
-    return { type: "hello", revision: this.#revision, reply, namespaces, number, floor, shared };
+    return { type: "hello", revision: this.#announcedAt, reply, namespaces, number, floor, shared };
   }
 
   /** A peer closes, or nobody can reach it: nobody waits for its answers. */
@@ -2325,10 +2322,7 @@ class Sender extends NodePart implements ConnectionEvents {
   async up(model: AmqpConnection, lose: Lose): Promise<() => void> {
     const { names, reports, membership } = this.context;
     const channel = watched(await model.createConfirmChannel(), lose);
-    // Not in amqplib's turn: it would answer a user's callback that throws by closing the channel.
-    channel.on("return", ({ fields }) =>
-      queueMicrotask(() => membership.onUnreachable(fields.routingKey.slice(ALL_SERVERS.length))),
-    );
+    channel.on("return", ({ fields }) => membership.onUnreachable(fields.routingKey.slice(ALL_SERVERS.length)));
     const emitter: NodeJS.EventEmitter = model;
     emitter.on("blocked", (reason: string) => {
       this.publisher.block(true);
@@ -4325,7 +4319,7 @@ type Answer =
   | { type: "ack"; id: string; packet?: Part[] }
   | { type: "clients"; id: string; count: number };
 
-/** The revision of the namespaces, the last number that was published, and the one up to which all is confirmed. */
+/** When the namespaces were announced, the last number that was published, and the one up to which all is confirmed. */
 type Progress = Record<"revision" | "number" | "floor", number>;
 
 /** What servers and emitters tell each other about themselves. */
