@@ -2220,7 +2220,6 @@ const REPLAY_WINDOW = 64;
 /** The publishing connection, and the publisher on it. */
 class Sender extends NodePart implements ConnectionEvents {
   readonly connection: Connection = new Connection("publishing", this.context, this);
-  readonly publisher: Publisher;
   dropped = 0;
   #reportedDropped = 0;
   #flushing: Timeout | undefined;
@@ -2228,25 +2227,21 @@ class Sender extends NodePart implements ConnectionEvents {
   #replayed: Promise<void> = Promise.resolve();
   #looksKeysUp = false;
   #maxKeyBytes = 0;
-
-  constructor(context: Context) {
-    super(context);
-    const facts = {
-      servers: (nsp: string) => context.membership.serversOf(nsp).length,
-      severalKeys: () => this.#looksKeysUp || context.membership.bindings <= FEW_BINDINGS,
-      maxKeyBytes: () => this.#maxKeyBytes,
-    };
-    this.publisher = new Publisher(context.uid, context.settings, facts, {
-      dropped: (packets) => (this.dropped += packets),
-      flushIn: (ms) => {
-        if (ms === 0) return queueMicrotask(this.publisher.flush);
-        this.#flushing ??= setTimeout(() => {
-          this.#flushing = undefined;
-          this.publisher.flush();
-        }, ms);
-      },
-    });
-  }
+  readonly #facts: RoutingFacts = {
+    servers: (nsp) => this.context.membership.serversOf(nsp).length,
+    severalKeys: () => this.#looksKeysUp || this.context.membership.bindings <= FEW_BINDINGS,
+    maxKeyBytes: () => this.#maxKeyBytes,
+  };
+  readonly publisher: Publisher = new Publisher(this.context.uid, this.context.settings, this.#facts, {
+    dropped: (packets) => (this.dropped += packets),
+    flushIn: (ms) => {
+      if (ms === 0) return queueMicrotask(this.publisher.flush);
+      this.#flushing ??= setTimeout(() => {
+        this.#flushing = undefined;
+        this.publisher.flush();
+      }, ms);
+    },
+  });
 
   /** A packet for a destination. Volatile ones are dropped while the broker is away. */
   add(to: Destination, parts: readonly unknown[]): void {
