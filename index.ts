@@ -1814,10 +1814,7 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
 // ── The node: one server's (or emitter's) place in the cluster ───────────────────────────────────────────────────────
 
 /** The frame that brought a packet: its sender, and its number, which is 0 for volatile packets. */
-interface Origin {
-  readonly sender: string;
-  readonly number: number;
-}
+type Origin = Pick<Frame, "sender" | "number">;
 
 /** A namespace of this server, as its node sees it: an adapter. */
 interface Tenant extends RoomOwner {
@@ -1842,7 +1839,9 @@ abstract class Context {
   readonly uid: string = randomBytes(6).toString("base64url"); // 8 characters: what a frame's header has room for
   readonly settings: Settings;
   readonly names: Names;
-  readonly reports: Reports;
+  /** The user's, of an emitter. */
+  readonly onError: ((error: Error) => void) | undefined;
+  readonly reports: Reports = new Reports(this);
   /** The namespaces of this server, by name; an emitter has none. */
   readonly tenants: Map<string, Tenant> = new Map();
   /** Connected, bound, announced and acquainted with the peers for the first time. */
@@ -1856,9 +1855,8 @@ abstract class Context {
   constructor(settings: Settings, onError?: (error: Error) => void) {
     this.settings = settings;
     this.names = new Names(settings.prefix);
+    this.onError = onError;
     this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
-    const listener = onError && { report: (error: Error) => (onError(error), true) };
-    this.reports = new Reports(() => (listener ? [listener] : this.tenants.values()));
   }
 
   /** Since when both connections are up (ms, monotonic); undefined while one is not. */
@@ -1889,24 +1887,21 @@ abstract class NodePart {
 }
 
 /** What a user should know: handed to all listeners, and where there are none to the process, once per kind and outage. */
-class Reports {
+class Reports extends NodePart {
   last: Error | undefined;
-  readonly #listeners: () => Iterable<Pick<Tenant, "report">>;
   /** Kinds of errors that the process was warned of in this outage. */
   readonly warned: Set<string> = new Set();
   /** Senders of frames of an unknown version, within bounds. */
   readonly #unknown = new Set<string>();
-
-  constructor(listeners: () => Iterable<Pick<Tenant, "report">>) {
-    this.#listeners = listeners;
-  }
 
   readonly report = (error: Error): void => {
     this.last = error;
     debug("%s", error.message);
     // In a turn of its own: a listener that is added right after the adapter was made hears of a connection that fails at once.
     queueMicrotask(() => {
-      const heard = [...this.#listeners()].map((listener) => listener.report(error));
+      const { onError, tenants } = this.context;
+      if (onError) return onError(error);
+      const heard = [...tenants.values()].map((tenant) => tenant.report(error));
       const kind = kindOf(error);
       if (heard.includes(true) || this.warned.has(kind)) return;
       this.warned.add(kind);
