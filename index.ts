@@ -221,7 +221,7 @@ export function createEmitter<Events extends EventMap<Events> = AnyEvents>(optio
 type Settings = Required<Omit<AdapterOptions, "roomExchanges">> &
   Required<Pick<EmitterOptions, "closeTimeout">> &
   Pick<AdapterOptions, "roomExchanges"> & { journal: Required<JournalOptions> };
-type Expectation = [expected: string, meets: (value: unknown) => boolean];
+type Expectation = [expected: string, meets: Check];
 
 const MiB = 1024 * 1024;
 const DEFAULTS = {
@@ -233,17 +233,18 @@ const DEFAULTS = {
   recoveryBytes: 64 * MiB,
   queueArguments: {},
   maxPayload: 16 * MiB,
-  journal: { bytes: 64 * MiB, ms: 60_000 },
+  journal: {},
   maxQueued: 256 * MiB,
   closeTimeout: 30_000,
 };
 
 const isRecord = (value: unknown): value is Record<string, unknown> =>
   typeof value === "object" && value !== null && !Array.isArray(value);
-const isFunction = (value: unknown): boolean => typeof value === "function";
-const positive = (value: unknown): boolean => typeof value === "number" && value > 0 && value < 2 ** 31;
-const milliseconds: Expectation = ["a positive number of ms below 2^31", positive];
-const bytes: Expectation = ["a positive number of bytes", (value) => typeof value === "number" && value > 0];
+const isFunction: Check = (value) => typeof value === "function";
+const isPositive: Check = (value) => typeof value === "number" && value > 0;
+const isBelow2To31: Check = (value) => isPositive(value) && Number(value) < 2 ** 31;
+const milliseconds: Expectation = ["a positive number of ms below 2^31", isBelow2To31];
+const bytes: Expectation = ["a positive number of bytes", isPositive];
 
 const NODE_OPTIONS: Record<string, Expectation> = {
   amqpConnection: ['a function that returns a connection, as () => connect("amqp://localhost")', isFunction],
@@ -251,18 +252,18 @@ const NODE_OPTIONS: Record<string, Expectation> = {
     'a string of 1 to 100 bytes without "#" that does not begin with "amq."',
     (value) => typeof value === "string" && /^(?!amq\.)[^#]+$/.test(value) && Buffer.byteLength(value) <= 100,
   ],
-  maxPayload: ["a positive number of bytes below 2^30", (value) => positive(value) && Number(value) < 2 ** 30],
+  maxPayload: ["a positive number of bytes below 2^30", (value) => isPositive(value) && Number(value) < 2 ** 30],
   maxQueued: bytes,
   journal: [
     "{ bytes?, ms? }, positive numbers below 2^31",
     (value) =>
       isRecord(value) &&
-      Object.entries(value).every(([key, n]) => (key === "bytes" || key === "ms") && (n === undefined || positive(n))),
+      Object.entries(value).every(([key, n]) => /^(bytes|ms)$/.test(key) && optional(isBelow2To31)(n)),
   ],
 };
 const ADAPTER_OPTIONS: Record<string, Expectation> = {
   ...NODE_OPTIONS,
-  roomExchanges: ["true or false", (value) => typeof value === "boolean"],
+  roomExchanges: ["true or false", optional((value) => typeof value === "boolean")],
   socketRooms: ['"shared" or "bound"', (value) => value === "shared" || value === "bound"],
   requestsTimeout: milliseconds,
   heartbeatInterval: milliseconds,
@@ -272,16 +273,10 @@ const ADAPTER_OPTIONS: Record<string, Expectation> = {
 };
 const EMITTER_OPTIONS: Record<string, Expectation> = {
   ...NODE_OPTIONS,
-  onError: ["a function", isFunction],
+  onError: ["a function", optional(isFunction)],
   closeTimeout: milliseconds,
-  parser: ["what Socket.IO takes as a parser", (value) => isRecord(value) && isFunction(value["Encoder"])],
+  parser: ["what Socket.IO takes as a parser", optional((value) => fits(value, { Encoder: isFunction }))],
 };
-
-function withoutUndefined<T extends object>(options: T): T {
-  const given = { ...options };
-  for (const name in given) if (given[name] === undefined) delete given[name];
-  return given;
-}
 
 /** The name that has the most pairs of letters in common with this one. */
 function nearest(name: string, names: string[]): string {
@@ -296,23 +291,25 @@ function checked<T extends NodeOptions>(options: T, expectations: Record<string,
   const refusal = (name: string, expected: string, value: unknown) =>
     new TypeError(`Expected ${name} to be ${expected}, got ${Bun.inspect(value)} (${typeof value})`);
   if (!isRecord(options)) throw refusal("the options", "an object with amqpConnection", options);
-  const given = withoutUndefined(options);
-  for (const [name, value] of [["amqpConnection", given.amqpConnection] as const, ...Object.entries(given)]) {
-    const expectation = expectations[name];
-    if (!expectation) {
-      const names = Object.keys(expectations);
+  const given = { ...options };
+  const names = Object.keys(expectations);
+  for (const name in given) {
+    if (given[name] === undefined) delete given[name];
+    else if (!names.includes(name))
       throw new TypeError(
         `Unknown option ${name}: did you mean ${nearest(name, names)}? There are ${names.join(", ")}`,
       );
-    }
-    if (!expectation[1](value)) throw refusal(name, expectation[0], value);
   }
-  const journal = { ...DEFAULTS.journal, ...withoutUndefined(given.journal ?? {}) };
-  const settings = { ...DEFAULTS, ...given, journal };
-  const { heartbeatInterval, heartbeatTimeout } = settings;
+  const settings = { ...DEFAULTS, ...given };
+  for (const [name, [expected, meets]] of Object.entries(expectations)) {
+    const value: unknown = Reflect.get(settings, name);
+    if (!meets(value)) throw refusal(name, expected, value);
+  }
+  const { heartbeatInterval, heartbeatTimeout, journal } = settings;
   if (heartbeatTimeout <= heartbeatInterval)
     throw refusal("heartbeatTimeout", `more than heartbeatInterval (${heartbeatInterval})`, heartbeatTimeout);
-  return settings;
+  const { bytes = 64 * MiB, ms = 60_000 }: JournalOptions = journal;
+  return { ...settings, journal: { bytes, ms } };
 }
 
 // ── The adapter ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -323,7 +320,7 @@ interface Namespace {
   readonly server: object;
 }
 /** The same, with what Socket.IO's types hide or say in another way. */
-interface OpenNamespace extends Namespace {
+interface OpenNamespace extends Namespace, Pick<NodeJS.EventEmitter, "prependListener" | "off"> {
   readonly adapter?: { readonly "socket.io-amqp0"?: true; close(): unknown };
   readonly server: {
     readonly encoder: Encoder;
@@ -337,29 +334,20 @@ interface OpenNamespace extends Namespace {
   run(socket: unknown, next: unknown): void;
   /** A socket goes. That of a namespace that is made from a pattern may close the namespace. */
   _remove(socket: { readonly id: SocketId }): void;
-  prependListener(event: "connect", listener: (socket: Socket) => void): unknown;
-  off(event: "connect", listener: (socket: Socket) => void): unknown;
   _onServerSideEmit(args: unknown[]): void;
   /** The next id of a packet that clients acknowledge. */
   _ids: number;
 }
 /** What Socket.IO takes as its `parser` option, as far as it is used here. */
 export interface Parser {
-  Encoder: new () => Encoder;
+  Encoder: new () => { encode(packet: Packet): unknown[] };
 }
-interface Encoder {
-  encode(packet: Packet): unknown[];
-}
-interface Decoder {
-  on(event: "decoded", listener: (packet: Packet) => void): unknown;
-  add(part: unknown): void;
-  destroy(): void;
-}
+type Encoder = InstanceType<Parser["Encoder"]>;
+type Decoder = Pick<NodeJS.EventEmitter, "on"> & { add(part: unknown): void; destroy(): void };
 /** A connection of Engine.IO. */
-interface Connected {
+interface Connected extends Pick<NodeJS.EventEmitter, "once"> {
   readonly transport: { readonly writable: boolean };
   close(): void;
-  once(event: "heartbeat" | "close", listener: () => void): unknown;
   sendPacket(type: "ping"): void;
 }
 interface Socket {
@@ -388,17 +376,9 @@ const EVENT = 2;
 const ACK = 3;
 const EVERYONE: BroadcastOptions = { rooms: new Set() };
 /** Names that Socket.IO keeps for itself: a client's parser refuses the packet and closes its connection. */
-const RESERVED_EVENTS = new Set([
-  "connect",
-  "connect_error",
-  "disconnect",
-  "disconnecting",
-  "newListener",
-  "removeListener",
-]);
-
+const RESERVED_EVENTS = /^(connect|connect_error|disconnect|disconnecting|newListener|removeListener)$/;
 /** The same for events between servers. */
-const SERVER_EVENTS = new Set(["connect", "connection", "new_namespace"]);
+const SERVER_EVENTS = /^(connect|connection|new_namespace)$/;
 
 /** Packets for a room, or for options. */
 type Target = string | BroadcastOptions;
@@ -426,9 +406,8 @@ class BoundAdapter extends Adapter {
   protected readonly routes: Routes;
   /** Where the server has `connectionStateRecovery`. */
   protected readonly recovery: Recovery | undefined;
-  /** Rooms with names that are too long for a key, by the hash that is their key. */
-  readonly #hashed = new Map<string, Room>();
-  #isKeptOpen = false;
+  /** @internal Its rooms, and those that its sessions wait for, by the routing key of their packets. */
+  readonly roomsByKey: Map<string, Room[]> = new Map();
 
   constructor(nsp: Namespace, node: Node) {
     super(nsp);
@@ -438,23 +417,6 @@ class BoundAdapter extends Adapter {
     const { maxDisconnectionDuration } = this.nsp.server.opts?.connectionStateRecovery ?? {};
     if (maxDisconnectionDuration !== undefined)
       this.recovery = new Recovery(node, this.nsp, maxDisconnectionDuration, this.rooms, this.#follow);
-  }
-
-  /** @internal The routing keys of its rooms. */
-  keys(): Iterable<string> {
-    return new Set(this.rooms.keys())
-      .union(this.recovery?.sessions.pinned ?? new Map())
-      .values()
-      .filter((room) => this.routes.hasKey(room))
-      .map((room) => roomKey(this.nsp.name, room));
-  }
-
-  /** @internal The rooms whose packets travel under a key. */
-  roomsUnder(key: string): Room[] {
-    const hashed = this.#hashed.get(key);
-    if (hashed !== undefined) return [hashed];
-    const isOurs = key.startsWith(`${this.key}#`);
-    return isOurs ? roomsNamed(key.slice(this.key.length + 1)).filter((room) => this.#has(room)) : [];
   }
 
   /** Resolves once every later emit anywhere reaches the socket; returns at once while the broker is away. */
@@ -487,49 +449,40 @@ class BoundAdapter extends Adapter {
   /**
    * A client that is connected hears what other servers emit from then on: until the namespace is bound, its connection is
    * held back, for a second at most, and not at all while the broker is away. There is no hook for it: a middleware would be
-   * lost where a namespace is made from a pattern, so this one place wraps a method of Socket.IO's namespace.
+   * lost where a namespace is made from a pattern, so this one place wraps methods of Socket.IO's namespace.
    */
   protected holdClients(): void {
     const { nsp } = this;
-    const { run } = nsp;
+    const { run, sockets, _preConnectSockets: coming, _remove: remove } = nsp;
     nsp.run = (socket, next) => {
       const live = nsp.adapter === this ? this.node.receiver.follow(this.key) : undefined;
       if (!live) return run.call(nsp, socket, next);
-      this.#keepOpen();
       void within(1_000, live).then(() => run.call(nsp, socket, next));
     };
-  }
-
-  /**
-   * With `cleanupEmptyChildNamespaces`, Socket.IO closes a namespace when a client goes and no other is connected, even if
-   * others are held back. Here it stays open until none is.
-   */
-  #keepOpen(): void {
-    const { nsp } = this;
-    const { sockets, _preConnectSockets: coming, _remove: remove } = nsp;
-    if (this.#isKeptOpen || !coming || !Object.hasOwn(nsp, "_remove")) return;
-    this.#isKeptOpen = true;
+    // With `cleanupEmptyChildNamespaces`, Socket.IO closes a namespace when a client goes and no other is connected, even if
+    // others are held back. Here it stays open until none is.
+    if (!coming || !Object.hasOwn(nsp, "_remove")) return;
     nsp._remove = (socket) => {
       void (sockets.delete(socket.id) || coming.delete(socket.id));
       if (coming.size === 0) remove.call(nsp, socket);
     };
   }
 
-  #has(room: Room): boolean {
-    return this.rooms.has(room) || this.recovery?.sessions.pinned.has(room) === true;
-  }
-
   readonly #follow: Follow = (rooms) => {
-    let pending: Promise<void>[] | undefined;
+    const pending: Promise<void>[] = [];
     for (const room of rooms) {
       if (!this.routes.hasKey(room)) continue;
       const key = roomKey(this.nsp.name, room);
-      if (!key.startsWith(HASHED) || !this.#has(room)) this.#hashed.delete(key);
-      else this.#hashed.set(key, room);
-      const done = this.node.receiver.follow(key);
-      if (done) (pending ??= []).push(done);
+      const isWanted = this.rooms.has(room) || this.recovery?.sessions.pinned.has(room);
+      // Several rooms where users pass numbers: Socket.IO tells 1 from "1".
+      const others = this.roomsByKey.get(key)?.filter((other) => other !== room) ?? [];
+      if (isWanted) this.roomsByKey.set(key, [room, ...others]);
+      else if (others.length > 0) this.roomsByKey.set(key, others);
+      else this.roomsByKey.delete(key);
+      const live = this.node.receiver.follow(key);
+      if (live) pending.push(live);
     }
-    return pending && Promise.all(pending).then(() => {});
+    return pending.length > 0 ? Promise.all(pending).then(() => {}) : undefined;
   };
 }
 
@@ -541,8 +494,7 @@ class LocalAdapter extends BoundAdapter {
   /** @internal Packets of a peer, handed to the local sockets as they are. */
   onPackets(section: Section, packets: () => Part[][], origin: Frame): void {
     const target = targetOf(section);
-    const sockets = typeof target === "string" ? this.#inRoom(target) : this.localSockets(target);
-    this.#write({ sockets, target, origin, first: section.first, packets });
+    this.#write({ sockets: this.localSockets(target), target, origin, first: section.first, packets });
   }
 
   /** Delivers a packet to the local sockets; returns it encoded. */
@@ -579,10 +531,7 @@ class LocalAdapter extends BoundAdapter {
     }
   }
 
-  /**
-   * Whether a client gets a peer's volatile packet. What the peer has emitted in several turns comes here in one: Socket.IO would
-   * drop all but the first.
-   */
+  /** A peer's packets of several turns come in one: of those that are volatile Socket.IO would drop all but the first. */
   #takesVolatile(conn: Connected): boolean {
     if (this.#writable.has(conn)) return true;
     if (!conn.transport.writable) return false;
@@ -591,23 +540,19 @@ class LocalAdapter extends BoundAdapter {
     return true;
   }
 
-  protected localSockets(opts: BroadcastOptions): Socket[] {
-    if (opts.rooms.size === 1 && !opts.except?.size) for (const room of opts.rooms) return this.#inRoom(room);
+  protected localSockets(target: Target): Socket[] {
     const sockets: Socket[] = [];
-    // The one place that reaches for a private method: only `apply` knows how `rooms` and `except` pick local sockets.
-    this["apply"](opts, (socket: Socket) => sockets.push(socket));
-    return sockets;
-  }
-
-  /** What `apply` finds, with nothing made for a room that nobody is in: the most frequent case by far. */
-  #inRoom(room: Room): Socket[] {
-    const sockets: Socket[] = [];
-    const ids = this.rooms.get(room);
-    if (ids)
-      for (const id of ids) {
-        const socket = this.nsp.sockets.get(id);
-        if (socket) sockets.push(socket);
-      }
+    if (typeof target !== "string" && (target.rooms.size !== 1 || target.except?.size)) {
+      // The one place that reaches for a private method: only `apply` knows how `rooms` and `except` pick local sockets.
+      this["apply"](target, (socket: Socket) => sockets.push(socket));
+      return sockets;
+    }
+    // The same for one room, with nothing made where nobody is in it: the most frequent case by far.
+    const room = typeof target === "string" ? target : (target.rooms.values().next().value as Room);
+    for (const id of this.rooms.get(room) ?? []) {
+      const socket = this.nsp.sockets.get(id);
+      if (socket) sockets.push(socket);
+    }
     return sockets;
   }
 
@@ -619,10 +564,7 @@ class LocalAdapter extends BoundAdapter {
     const data = eventOf(decode(this.nsp, message.packet).data);
     const packet = { type: EVENT, nsp: this.nsp.name, id: this.nsp._ids++, data };
     const packets = () => [this.nsp.server.encoder.encode(packet)];
-    const onAck = (...values: unknown[]) => {
-      const encoded = this.tryEncode({ type: ACK, nsp: this.nsp.name, id: 0, data: values });
-      answer(encoded ? { type: "ack", id, packet: encoded } : { type: "ack", id });
-    };
+    const onAck = (...values: unknown[]) => answer({ type: "ack", id, packet: this.tryEncode(ACK, values) });
     answer({ type: "clients", id, count: sockets.length });
     for (const { acks } of sockets) acks.set(packet.id, onAck);
     this.#write({ sockets, target, origin: FOREIGN, packets, decoded: packet });
@@ -632,36 +574,15 @@ class LocalAdapter extends BoundAdapter {
     }, message.timeout + 1_000).unref();
   }
 
-  /** An event for the servers: of what their listeners answer, the peer takes the first. */
-  protected answerEmit({ id, args }: Message & { type: "emit" }, answer: (value: Answer) => void): void {
-    if (id === undefined) return this.nsp._onServerSideEmit(args);
-    this.nsp._onServerSideEmit([...args, (value: unknown) => answer({ type: "answer", id, value })]);
-  }
-
-  /** What a peer learns of the matching sockets. */
-  protected answerFetch({ id, opts }: Message & { type: "fetch" }, answer: (value: Answer) => void): void {
-    const details = (socket: Socket) => detailsOf(socket, this.node.settings.maxPayload / 4, this.node.reports.report);
-    this.answerList(id, this.localSockets(fromWire(opts)).map(details), answer);
-  }
-
-  /** Answers with a list, in parts of a bounded size. */
+  /** Answers with a list, each item by itself: the list may be larger than `maxPayload`. */
   protected answerList(id: string, list: readonly unknown[], answer: (value: Answer) => void): void {
-    const parts: unknown[][] = [[]];
-    let size = 0;
-    for (const item of list) {
-      const itemSize = lengthOf(item);
-      if (size > 0 && size + itemSize > this.node.settings.maxPayload / 4) {
-        parts.push([]);
-        size = 0;
-      }
-      parts.at(-1)?.push(item);
-      size += itemSize;
-    }
-    for (const [i, items] of parts.entries()) answer({ type: "items", id, items, more: i < parts.length - 1 });
+    for (const item of list) answer({ type: "items", id, items: [item], more: true });
+    answer({ type: "items", id, items: [], more: false });
   }
 
   /** Undefined where the parser does not take it. */
-  protected tryEncode(packet: Packet): Part[] | undefined {
+  protected tryEncode(type: number, data: unknown[]): Part[] | undefined {
+    const packet = { type, nsp: this.nsp.name, id: 0, data };
     const encode = () => this.nsp.server.encoder.encode(packet).map(partOf);
     return this.#reportThrown("A packet cannot be encoded for other servers", encode);
   }
@@ -669,8 +590,7 @@ class LocalAdapter extends BoundAdapter {
   /** What cannot be encoded is left out. */
   protected answer(to: string, value: Answer): void {
     const parts = this.#reportThrown("An answer cannot be sent to another server", () => encodeValue(value));
-    const { type, id } = value;
-    this.node.sender.add(this.routes.direct(to), parts ?? encodeValue({ type, id, value: null, items: [] }));
+    this.node.sender.add(this.routes.direct(to), parts ?? encodeValue({ ...value, value: null, items: [] }));
   }
 
   #reportThrown<T>(what: string, encode: () => T): T | undefined {
@@ -704,16 +624,18 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
   /** @internal */
   readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
   #closing: Promise<void> | undefined;
-  #started = false;
-  /** The adapter that this one takes the place of: Socket.IO does not close it. */
-  #replaced: { close(): unknown } | undefined;
 
   /** Made by what `createAdapter()` returns. */
   constructor(nsp: Namespace, node: Node) {
     super(nsp, node);
     this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
-    if (this.nsp.adapter?.["socket.io-amqp0"]) this.#replaced = this.nsp.adapter;
-    queueMicrotask(() => void this.init()); // Socket.IO calls it from 4.8.2 on
+    const { adapter: replaced } = this.nsp;
+    // Not in init(), which Socket.IO calls from 4.8.2 on only, and before a namespace that is made from a pattern is complete.
+    queueMicrotask(() => {
+      node.join(this);
+      this.holdClients();
+      if (replaced?.["socket.io-amqp0"]) void replaced.close(); // Socket.IO does not
+    });
   }
 
   /** Resolves once connected and bound, and the other servers are known; rejects if the adapter is closed before. */
@@ -722,7 +644,7 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
   }
 
   get stats(): AdapterStats {
-    const stats = { ...this.node.stats, rooms: this.node.receiver.countBound(this.keys()) };
+    const stats = { ...this.node.stats, rooms: this.node.receiver.countBound(this.roomsByKey.keys()) };
     return Object.defineProperty(stats, Symbol.for("nodejs.util.inspect.custom"), {
       value: () => describeStats(stats),
     });
@@ -735,12 +657,6 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
 
   /** Resolves once the adapter is ready. Socket.IO calls it; calling it again does no harm. */
   override init(): Promise<void> {
-    if (this.#started) return this.ready;
-    this.#started = true;
-    this.node.join(this);
-    void this.#replaced?.close();
-    this.#replaced = undefined;
-    this.holdClients();
     return this.ready;
   }
 
@@ -777,16 +693,15 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
     ack: (...args: unknown[]) => void,
   ): void {
     const peers = this.#peers;
-    const isLocal = opts.flags?.local || this.#closing;
-    const parts = isLocal ? undefined : this.tryEncode({ type: EVENT, nsp: this.nsp.name, data: packet.data });
+    const parts = opts.flags?.local ? undefined : this.tryEncode(EVENT, packet.data);
     if (!parts)
       for (const _ of peers) clientCountCallback(0); // the caller waits for one count per server
     else {
       // A peer is counted when the last of its clients has answered or when it is gone, so a dead one is not waited for.
       const clients = new Map(peers.map((uid) => [uid, { count: Infinity, acks: 0 }]));
       const timeout = opts.flags?.timeout ?? this.node.settings.requestsTimeout;
-      const send = (id: string) => this.#send({ type: "broadcast", id, opts: toWire(opts), timeout, packet: parts });
-      void this.node.requests.ask(peers, timeout, send, {
+      const question = (id: string): Message => ({ type: "broadcast", id, opts: toWire(opts), timeout, packet: parts });
+      const answers: Answers = {
         take: (message, uid) => {
           const peer = clients.get(uid);
           if (!peer) return false;
@@ -801,7 +716,8 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
         },
         // Deferred, because this runs a user callback that may throw.
         done: (uid) => queueMicrotask(() => clientCountCallback(clients.get(uid)?.acks ?? 0)),
-      });
+      };
+      void this.#ask("broadcastWithAck", question, answers, opts.flags);
     }
     super.broadcastWithAck(packet, opts, clientCountCallback, ack);
   }
@@ -825,34 +741,31 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
 
   override async fetchSockets(opts: BroadcastOptions): Promise<unknown[]> {
     const sockets: unknown[] = this.localSockets(opts);
-    const peers = opts.flags?.local ? [] : this.#peers;
-    const send = (id: string) => this.#send({ type: "fetch", id, opts: toWire(opts) });
-    const timeout = opts.flags?.timeout ?? this.node.settings.requestsTimeout;
-    const take = (list: unknown[]) => list.forEach((socket) => sockets.push(socket));
-    const unanswered = await this.node.requests.ask(peers, timeout, send, takingLists(take));
-    if (unanswered > 0)
-      throw new Error(`fetchSockets: ${unanswered} of ${peers.length} servers did not answer in time`);
+    const question = (id: string): Message => ({ type: "fetch", id, opts: toWire(opts) });
+    const answers = takingLists((list) => list.forEach((socket) => sockets.push(socket)));
+    const late = await this.#ask("fetchSockets", question, answers, opts.flags);
+    if (late) throw late;
     return sockets;
   }
 
   override serverSideEmit(args: unknown[]): void {
     const callback = args.at(-1);
     if (typeof callback !== "function") return this.#send({ type: "emit", id: undefined, args });
-    const peers = this.#peers;
-    const answers: unknown[] = [];
-    const send = (id: string) => this.#send({ type: "emit", id, args: args.slice(0, -1) });
-    const answered = this.node.requests.ask(peers, this.node.settings.requestsTimeout, send, {
-      take: (message) => {
-        if (message.type !== "answer") return false;
-        answers.push(message.value);
-        return true;
-      },
-    });
-    void answered.then((unanswered) => {
-      const late = `serverSideEmit: ${unanswered} of ${peers.length} servers did not answer in time`;
-      // Deferred: what the callback throws is the user's, and no rejection.
-      queueMicrotask(() => callback(unanswered > 0 ? new Error(late) : null, answers));
-    });
+    const values: unknown[] = [];
+    const question = (id: string): Message => ({ type: "emit", id, args: args.slice(0, -1) });
+    const take = (message: Answer) => message.type === "answer" && values.push(message.value) > 0;
+    // Deferred: what the callback throws is the user's, and no rejection.
+    const done = (late: Error | null) => queueMicrotask(() => callback(late, values));
+    void this.#ask("serverSideEmit", question, { take }).then(done);
+  }
+
+  /** Asks the other servers. Resolves with an error if some have not answered in time. */
+  #ask(method: string, question: (id: string) => Message, answers: Answers, flags: BroadcastFlags = {}) {
+    const peers = flags.local ? [] : this.#peers;
+    const timeout = flags.timeout ?? this.node.settings.requestsTimeout;
+    const asked = this.node.requests.ask(peers, timeout, (id) => this.#send(question(id)), answers);
+    const late = (count: number) => new Error(`${method}: ${count} of ${peers.length} servers did not answer in time`);
+    return asked.then((unanswered) => (unanswered > 0 ? late(unanswered) : null));
   }
 
   #send(message: Message): void {
@@ -873,10 +786,17 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
         return super.delSockets(fromWire(message.opts), message.rooms);
       case "disconnect":
         return super.disconnectSockets(fromWire(message.opts), message.close);
-      case "emit":
-        return this.answerEmit(message, answer);
-      case "fetch":
-        return this.answerFetch(message, answer);
+      case "emit": {
+        const { id, args } = message;
+        if (id === undefined) return this.nsp._onServerSideEmit(args);
+        // Of what the listeners answer, the peer takes the first.
+        return this.nsp._onServerSideEmit([...args, (value: unknown) => answer({ type: "answer", id, value })]);
+      }
+      case "fetch": {
+        const { settings, reports } = this.node;
+        const details = (socket: Socket) => detailsOf(socket, settings.maxPayload / 4, reports.report);
+        return this.answerList(message.id, this.localSockets(fromWire(message.opts)).map(details), answer);
+      }
       case "broadcast":
         return this.answerBroadcast(message, answer);
       case "find":
@@ -945,7 +865,7 @@ function lengthOf(value: unknown): number {
 
 /** An event from elsewhere, or a FrameError where the clients' parsers would refuse it and drop their connections. */
 function eventOf(data: unknown[]): unknown[] {
-  if (typeof data[0] === "string" && !RESERVED_EVENTS.has(data[0])) return data;
+  if (typeof data[0] === "string" && !RESERVED_EVENTS.test(data[0])) return data;
   throw new FrameError(`an event named ${JSON.stringify(data[0])}; expected a string that is not reserved`);
 }
 
@@ -1705,7 +1625,6 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
   readonly #routes: Routes;
   readonly #opts: Required<BroadcastOptions>;
 
-  /** Made by `createEmitter()`. */
   constructor(
     node: Node,
     encoder: Encoder | undefined,
@@ -1759,7 +1678,7 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
    * @throws Error if the event's name is reserved, TypeError if an argument cannot be encoded as JSON with binary
    */
   emit<Name extends keyof Events & string>(name: Name, ...args: Parameters<Events[Name]>): true {
-    if (RESERVED_EVENTS.has(name)) throw new Error(`"${name}" is a reserved event name`);
+    if (RESERVED_EVENTS.test(name)) throw new Error(`"${name}" is a reserved event name`);
     const data = [name, ...args];
     const parts = this.#encoder?.encode({ type: EVENT, nsp: this.#routes.nsp, data });
     if (parts) return this.#add(this.#routes.packets(this.#opts), parts);
@@ -1782,7 +1701,7 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
 
   /** Emits to the servers themselves: `io.on(name, …)`. There are no answers. */
   serverSideEmit(name: string, ...args: unknown[]): void {
-    if (SERVER_EVENTS.has(name)) throw new Error(`"${name}" is a reserved event name`);
+    if (SERVER_EVENTS.test(name)) throw new Error(`"${name}" is a reserved event name`);
     if (typeof args.at(-1) === "function")
       throw new TypeError("An emitter cannot wait for answers; leave out the callback");
     this.#send({ type: "emit", id: undefined, args: [name, ...args] });
@@ -1817,8 +1736,12 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
 type Origin = Pick<Frame, "sender" | "number">;
 
 /** A namespace of this server, as its node sees it: an adapter. */
-interface Tenant extends RoomOwner {
+interface Tenant {
   readonly nsp: { readonly name: string };
+  /** The routing key of what is for everyone in it. */
+  readonly key: string;
+  /** Its rooms by the routing key of their packets. */
+  readonly roomsByKey: ReadonlyMap<string, readonly Room[]>;
   /** Settled when the namespace is bound and the other servers are known, or closed. */
   readonly opened: PromiseWithResolvers<void>;
   /** Packets of a peer: what for, and encoded by the peer. */
@@ -2337,8 +2260,9 @@ class Sender extends NodePart implements ConnectionEvents {
       }
     };
     return () => {
-      this.#looksKeysUp = Bun.semver.order(brokerVersion(model), "3.11.0") >= 0; // before, it scanned all bindings
-      this.#maxKeyBytes = frameMax(model) - 1_024; // for the message's other properties
+      const { brokerVersion, frameMax } = internals(model);
+      this.#looksKeysUp = Bun.semver.order(brokerVersion, "3.11.0") >= 0; // before, it scanned all bindings
+      this.#maxKeyBytes = frameMax - 1_024; // for the message's other properties
       this.publisher.up(transmit);
     };
   }
@@ -2409,17 +2333,9 @@ class Receiver extends NodePart implements ConnectionEvents {
   /** Everything that the consuming connection needs, at the start and after each loss. */
   async up(model: AmqpConnection, lose: Lose): Promise<() => void> {
     this.#opening ??= Promise.withResolvers<void>();
-    const { uid, settings, names, tenants } = this.context;
-    const before = this.#generation > 0 ? names.queue(uid, this.#generation) : undefined;
     // A new name each time: after a half-open link the broker may still hold the old queue.
-    const queue = names.queue(uid, ++this.#generation);
-    const ownKeys = [ALL_SERVERS, serverKey(uid)];
-    const bindings = new Bindings(tenants, mayHaveRoomExchanges(model, settings.roomExchanges), ownKeys);
-    const topology = new Topology(model, lose, names, queue, bindings);
-    await topology.open(before, ownKeys, settings.queueArguments, (message) => {
-      if (message) this.#receive(message);
-      else lose(new Error(`The queue ${queue} was deleted`));
-    });
+    const topology = new Topology(model, lose, this.context, ++this.#generation);
+    await topology.open((message) => this.#receive(message));
     return () => this.#opened(topology);
   }
 
@@ -2467,7 +2383,7 @@ class Receiver extends NodePart implements ConnectionEvents {
       : [routingKey, ...(Array.isArray(cc) ? cc.map(String) : [])];
     for (const tenant of tenants.values()) {
       const isForAll = keys.includes(tenant.key);
-      const rooms = isForAll ? [] : keys.flatMap((key) => tenant.roomsUnder(key));
+      const rooms = isForAll ? [] : keys.flatMap((key) => tenant.roomsByKey.get(key) ?? []);
       if (!isForAll && rooms.length === 0) continue;
       tenant.onMessage({ type: "packet", opts: { rooms, except: [], flags: {} }, data }, FOREIGN);
     }
@@ -2592,7 +2508,7 @@ class Node extends Context {
     const replaced = this.tenants.get(tenant.nsp.name);
     this.tenants.set(tenant.nsp.name, tenant);
     this.start();
-    for (const key of replaced?.keys() ?? []) void this.receiver.follow(key);
+    for (const key of replaced?.roomsByKey.keys() ?? []) void this.receiver.follow(key);
     void Promise.resolve(this.receiver.follow(tenant.key)).then(() => this.membership.announce());
   }
 
@@ -2604,7 +2520,7 @@ class Node extends Context {
     if (this.tenants.size > 1) {
       this.tenants.delete(name);
       this.#routes.delete(name);
-      for (const key of [tenant.key, ...tenant.keys()]) void this.receiver.follow(key);
+      for (const key of [tenant.key, ...tenant.roomsByKey.keys()]) void this.receiver.follow(key);
       return this.membership.announce();
     }
     const patience = this.sender.connection.upSince === undefined ? 0 : this.settings.requestsTimeout;
@@ -3438,16 +3354,6 @@ class Routes {
 
 // ── Bindings: what is bound follows the rooms ────────────────────────────────────────────────────────────────────────
 
-/** Whose rooms are bound: the adapter of a namespace. */
-interface RoomOwner {
-  /** The routing key of what is for everyone in the namespace. */
-  readonly key: string;
-  /** The routing keys that its rooms travel under. */
-  keys(): Iterable<string>;
-  /** Its rooms that travel under this key. */
-  roomsUnder(key: string): Room[];
-}
-
 /** How a queue gets what is published under a routing key: by a binding, or through an exchange of the room's own. */
 type Way = "key" | "exchange";
 
@@ -3475,23 +3381,22 @@ const MAX_ROOM_EXCHANGES = 100;
 class Bindings {
   /** Bound keys. One that is being unbound is none of them. A new queue gets everything. */
   readonly bound = new Map<string, Way>([[EVERYTHING, "key"]]);
-  /** Adapters by the name of their namespace. */
-  readonly #owners: ReadonlyMap<string, RoomOwner>;
+  readonly #tenants: Context["tenants"];
   #mayHaveExchanges: boolean;
   /** Since when the queue has got what is published under a key, by its digest (ms, monotonic). */
   readonly #gotSince: Map<number, number>;
-  /** Keys to bind, to unbind, and to bind once more, in this order: nobody waits for the last two. */
+  /** Keys to bind, to unbind, and to bind once more, until that is done. Nobody waits for the last two. */
   readonly #joins = new Set<string>();
   readonly #leaves = new Set<string>();
   readonly #renewals = new Set<string>();
-  /** What is being done, by key. */
-  readonly #busy = new Map<string, BindingChange>();
+  /** Keys for which something is being done. */
+  readonly #busy = new Set<string>();
   /** Joins that wait until their key is live. */
   readonly #waiting = new Map<string, PromiseWithResolvers<void>>();
   #ended = false;
 
-  constructor(owners: ReadonlyMap<string, RoomOwner>, mayHaveExchanges: boolean, ownKeys: string[]) {
-    this.#owners = owners;
+  constructor(tenants: Context["tenants"], mayHaveExchanges: boolean, ownKeys: string[]) {
+    this.#tenants = tenants;
     this.#mayHaveExchanges = mayHaveExchanges;
     this.#gotSince = new Map([EVERYTHING, ...ownKeys].map((key) => [digestOf(key), -Infinity]));
   }
@@ -3509,13 +3414,13 @@ class Bindings {
   expects(digest: number): boolean {
     const everythingSince = digest % 2 === 0 ? Infinity : this.#everythingSince;
     const since = Math.min(this.#gotSince.get(digest) ?? Infinity, everythingSince);
-    return since < Infinity && performance.now() - since > UNDER_WAY;
+    return performance.now() - since > UNDER_WAY;
   }
 
   /** A key may have to be bound or unbound. The promise resolves when one that is wanted is live. */
   reconcile(key: string): Promise<void> | undefined {
     const wanted = this.#wants(key);
-    if (wanted !== this.bound.get(key) && !this.#busy.has(key)) (wanted ? this.#joins : this.#leaves).add(key);
+    if (wanted !== this.bound.get(key)) (wanted ? this.#joins : this.#leaves).add(key);
     const waiting = this.#waiting.get(key);
     if (!wanted || this.#ended || this.isLive(key)) {
       waiting?.resolve();
@@ -3528,13 +3433,14 @@ class Bindings {
   }
 
   reconcileAll(): void {
-    for (const owner of this.#owners.values()) for (const key of [owner.key, ...owner.keys()]) void this.reconcile(key);
+    for (const tenant of this.#tenants.values())
+      for (const key of [tenant.key, ...tenant.roomsByKey.keys()]) void this.reconcile(key);
     for (const key of this.bound.keys()) void this.reconcile(key);
   }
 
   /** What to do next, if anything. `done()` follows. */
   next(): BindingChange | undefined {
-    const rooms = this.bound.size + this.#unmade - this.#owners.size - Number(this.bound.has(EVERYTHING));
+    const rooms = this.bound.size + this.#joins.size - this.#tenants.size - Number(this.bound.has(EVERYTHING));
     if (this.#mayHaveExchanges && rooms > MAX_ROOM_EXCHANGES) {
       this.#mayHaveExchanges = false;
       this.reconcileAll();
@@ -3544,7 +3450,7 @@ class Bindings {
   }
 
   done({ key, to }: BindingChange): void {
-    this.#busy.delete(key);
+    for (const keys of [this.#busy, this.#joins, this.#leaves, this.#renewals]) keys.delete(key);
     if (to) {
       this.bound.set(key, to);
       const digest = digestOf(key);
@@ -3579,18 +3485,11 @@ class Bindings {
     return this.#gotSince.get(digestOf(EVERYTHING)) ?? Infinity;
   }
 
-  /** How many bindings are still to be made. */
-  get #unmade(): number {
-    let count = this.#joins.size;
-    for (const { key, to } of this.#busy.values()) if (to && !this.bound.has(key)) count++;
-    return count;
-  }
-
   #beginOneOf(keys: Set<string>): BindingChange | undefined {
     for (const key of keys) {
-      keys.delete(key);
       const change = this.#begin(key, keys === this.#renewals);
       if (change) return change;
+      if (!this.#busy.has(key)) keys.delete(key);
     }
     return undefined;
   }
@@ -3602,29 +3501,28 @@ class Bindings {
       this.bound.delete(key);
       this.#gotSince.delete(digestOf(key));
     }
-    const change = { key, from, to };
-    this.#busy.set(key, change);
-    return change;
+    this.#busy.add(key);
+    return { key, from, to };
   }
 
   #wants(key: string): Way | undefined {
     const way = this.bound.get(key);
     if (this.#ended) return way === "exchange" ? undefined : way;
-    if (key === EVERYTHING) return this.#unmade > (way ? 0 : STORM) ? "key" : undefined;
-    const owner = this.#ownerOf(key);
-    if (owner?.key === key) return "key";
-    if (!owner || owner.roomsUnder(key).length === 0) return undefined;
+    if (key === EVERYTHING) return this.#joins.size > (way ? 0 : STORM) ? "key" : undefined;
+    const tenant = this.#tenantOf(key);
+    if (tenant?.key === key) return "key";
+    if (!tenant?.roomsByKey.has(key)) return undefined;
     return this.#mayHaveExchanges ? "exchange" : "key";
   }
 
   /** The key of the namespace that a room's key belongs to; of others, the key itself. */
   #namespaceKey(key: string): string {
-    return this.#ownerOf(key)?.key ?? key;
+    return this.#tenantOf(key)?.key ?? key;
   }
 
-  #ownerOf(key: string): RoomOwner | undefined {
-    if (!key.startsWith(HASHED)) return this.#owners.get(namespaceOf(key));
-    return this.#owners.values().find((owner) => owner.key === key || owner.roomsUnder(key).length > 0);
+  #tenantOf(key: string): Tenant | undefined {
+    if (!key.startsWith(HASHED)) return this.#tenants.get(namespaceOf(key));
+    return this.#tenants.values().find((tenant) => tenant.key === key || tenant.roomsByKey.has(key));
   }
 }
 
@@ -3640,7 +3538,7 @@ const USES_KHEPRI = "4.2.0";
 
 /** @throws Refusal if room exchanges are asked for where they would destroy the broker */
 function mayHaveRoomExchanges(model: AmqpConnection, wanted: boolean | undefined): boolean {
-  const version = brokerVersion(model);
+  const { brokerVersion: version } = internals(model);
   const isBelow = (limit: string) => Bun.semver.order(version, limit) < 0;
   if (wanted && !isBelow(USES_KHEPRI))
     throw new Refusal(
@@ -3672,42 +3570,47 @@ class Topology {
   readonly bindings: Bindings;
   readonly #model: AmqpConnection;
   readonly #lose: Lose;
-  readonly #names: Names;
+  readonly #context: Context;
+  readonly #generation: number;
   readonly #queue: string;
   /** Channels of their own, so that a refused operation closes no other: those that have nothing to do. */
   readonly #idle: Channel[] = [];
   #ended = false;
 
-  constructor(model: AmqpConnection, lose: Lose, names: Names, queue: string, bindings: Bindings) {
+  /** `generation`: how many queues this server has had. @throws Refusal */
+  constructor(model: AmqpConnection, lose: Lose, context: Context, generation: number) {
+    const { uid, names, settings, tenants } = context;
     this.#model = model;
     this.#lose = lose;
-    this.#names = names;
-    this.#queue = queue;
-    this.bindings = bindings;
+    this.#context = context;
+    this.#generation = generation;
+    this.#queue = names.queue(uid, generation);
+    this.bindings = new Bindings(tenants, mayHaveRoomExchanges(model, settings.roomExchanges), ownKeys(uid));
   }
 
   /**
-   * Makes the queue, which gets everything from here on; `own` are the server's keys. Rooms are bound once the queue `before`
-   * is gone, for RabbitMQ begins its removal again and again while others bind: measured with 3.10 and 10,000 bindings, it
-   * takes 0.7 s alone and did not end while four channels bound.
+   * Makes the queue, which gets everything from here on. Rooms are bound once the one before is gone, for RabbitMQ begins its
+   * removal again and again while others bind: measured with 3.10 and 10,000 bindings, it takes 0.7 s alone and did not end
+   * while four channels bound.
    */
-  async open(
-    before: string | undefined,
-    own: string[],
-    queueArguments: object,
-    receive: (message: ConsumeMessage | null) => void,
-  ): Promise<void> {
-    const [model, lose, names, queue] = [this.#model, this.#lose, this.#names, this.#queue];
+  async open(receive: (message: ConsumeMessage) => void): Promise<void> {
+    const [model, lose, queue] = [this.#model, this.#lose, this.#queue];
+    const { uid, names, settings } = this.#context;
     const lanes = await Promise.all(Array.from({ length: LANES }, () => openLane(model)));
     const channel = watched(await model.createChannel(), lose);
-    const exclusive = { exclusive: true, durable: false, arguments: queueArguments };
+    const exclusive = { exclusive: true, durable: false, arguments: settings.queueArguments };
     await Promise.all([declare(lanes[0] ?? channel, names), channel.assertQueue(queue, exclusive)]);
     await Promise.all([
-      ...own.map((key, i) => (lanes[i] ?? channel).bindQueue(queue, names.keys, key)),
+      ...ownKeys(uid).map((key, i) => (lanes[i] ?? channel).bindQueue(queue, names.keys, key)),
       channel.bindQueue(queue, names.main, EVERYTHING),
     ]);
-    await channel.consume(queue, (message) => this.#ended || receive(message), { noAck: true });
-    const gone = before === undefined ? Promise.resolve() : removed(model, before);
+    const onMessage = (message: ConsumeMessage | null) => {
+      if (!message) lose(new Error(`The queue ${queue} was deleted`));
+      else if (!this.#ended) receive(message);
+    };
+    await channel.consume(queue, onMessage, { noAck: true });
+    const before = names.queue(uid, this.#generation - 1);
+    const gone = this.#generation === 1 ? Promise.resolve() : removed(model, before);
     gone.then(() => {
       this.bindings.reconcileAll();
       this.#idle.push(...lanes);
@@ -3733,10 +3636,7 @@ class Topology {
     this.#work();
   }
 
-  /**
-   * Unbinds the rooms' exchanges one by one before the queue goes: what goes with it goes in one transaction, for which the
-   * broker's other users wait.
-   */
+  /** Unbinds the rooms' exchanges one by one. With the queue they would go in one transaction, for which all others wait. */
   async close(): Promise<void> {
     this.bindings.end();
     this.#work();
@@ -3761,7 +3661,12 @@ class Topology {
       const isGone = code === 404 || name === "IllegalOperationError";
       if (isGone && attempt < ATTEMPTS && !this.#ended)
         return this.#change(await openLane(this.#model), change, attempt + 1);
-      if (change.to === "exchange") await this.#deleteUnused(this.#names.roomExchange(change.key));
+      if (change.to === "exchange") {
+        // The broker deletes no auto-delete exchange that was never bound. Somebody else may have bound it meanwhile.
+        const exchange = this.#context.names.roomExchange(change.key);
+        const deletion = alone(this.#model, (lane) => lane.deleteExchange(exchange, { ifUnused: true }));
+        await deletion.catch((error) => debug("delete: %s", asError(error).message));
+      }
       throw error;
     }
     this.bindings.done(change);
@@ -3770,7 +3675,7 @@ class Topology {
   }
 
   async #tryChange(lane: Channel, { key, from, to }: BindingChange): Promise<void> {
-    const [queue, names] = [this.#queue, this.#names];
+    const [queue, { names }] = [this.#queue, this.#context];
     const source = key === EVERYTHING ? names.main : names.keys;
     const exchange = names.roomExchange(key);
     if (to === "exchange") {
@@ -3782,12 +3687,6 @@ class Topology {
     // The queue gets one copy, whatever the ways. The last one to unbind deletes the room's exchange.
     if (from === "exchange") await lane.unbindQueue(queue, exchange, "");
     else if (from === "key") await lane.unbindQueue(queue, source, key);
-  }
-
-  /** The broker deletes no auto-delete exchange that was never bound. */
-  async #deleteUnused(exchange: string): Promise<void> {
-    const deletion = alone(this.#model, (lane) => lane.deleteExchange(exchange, { ifUnused: true }));
-    await deletion.catch((error) => debug("delete: %s", asError(error).message)); // somebody has bound it, or the connection is gone
   }
 }
 
@@ -3820,10 +3719,7 @@ async function openLane(model: AmqpConnection): Promise<Channel> {
 // ── Connections ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 interface ConnectionEvents {
-  /**
-   * Everything that has to be done on a new connection, at the start and after each loss. What it resolves to is called if
-   * the connection is still there, and takes it into use.
-   */
+  /** Does all that a new connection needs. What it resolves to takes it into use, if it is still there. */
   up(model: AmqpConnection, lose: Lose): Promise<() => void>;
   down(error: Error): void;
 }
@@ -3848,8 +3744,8 @@ const used = new WeakSet<AmqpConnection>();
 class Connection {
   /** Since when the connection is up (ms, monotonic); undefined while it is not. */
   upSince: number | undefined;
-  /** How often it has come up. */
-  #times = 0;
+  /** How often it has come up again. */
+  reconnects = 0;
   readonly #name: string;
   readonly #context: Context;
   readonly #events: ConnectionEvents;
@@ -3862,10 +3758,6 @@ class Connection {
     this.#name = name;
     this.#context = context;
     this.#events = events;
-  }
-
-  get reconnects(): number {
-    return Math.max(0, this.#times - 1);
   }
 
   start(): void {
@@ -3881,17 +3773,20 @@ class Connection {
   async #run(): Promise<void> {
     const { reports, settings } = this.#context;
     let reported: string | undefined;
+    let delayMs = 0;
+    let times = 0;
     for (let attempt = 0; !this.#closed; attempt++) {
       const { promise: ended, reject: lose } = Promise.withResolvers<never>();
       this.#interrupt = lose;
       let model: AmqpConnection | undefined;
       try {
+        if (attempt > 0) await within(delayMs, ended);
         model = await this.#open(ended);
         watch(model, lose);
         const use = await Promise.race([this.#events.up(model, lose), ended]);
         use();
         this.upSince = performance.now();
-        this.#times++;
+        this.reconnects = times++;
         reported = undefined;
         this.#context.changed("connect", this.#name);
         await ended;
@@ -3904,13 +3799,10 @@ class Connection {
         this.upSince = undefined;
         this.#events.down(error);
         if (model) await closeConnection(model);
-        if (this.#closed) return;
         // Once per outage, unless there is news.
-        if (kindOf(error) !== reported) reports.report(explain(error, this.#name, settings.prefix));
+        if (!this.#closed && kindOf(error) !== reported) reports.report(explain(error, this.#name, settings.prefix));
         reported = kindOf(error);
-        const { promise: closed, resolve } = Promise.withResolvers<void>();
-        this.#interrupt = () => resolve();
-        await within(backoff(attempt, error), closed);
+        delayMs = backoff(attempt, error);
       }
     }
   }
@@ -3973,14 +3865,10 @@ async function within<T>(ms: number, promise: Promise<T>): Promise<T | undefined
 /** What amqplib leaves out of the types of its connections. */
 function internals(model: AmqpConnection) {
   type Internals = { frameMax?: number; serverProperties?: { version?: unknown }; stream?: Partial<TcpSocket> };
-  return (model as { connection?: Internals }).connection ?? {};
+  const { frameMax, serverProperties, stream } = (model as { connection?: Internals }).connection ?? {};
+  const [version = "0.0.0"] = /^\d+\.\d+\.\d+/.exec(`${serverProperties?.version}.0`) ?? [];
+  return { frameMax: frameMax ?? 4_096, brokerVersion: version, stream }; // AMQP 0-9-1 allows at least 4,096 bytes
 }
-
-/** How large a frame may be on this connection, in bytes; AMQP 0-9-1 allows at least 4,096. */
-const frameMax = (model: AmqpConnection): number => internals(model).frameMax ?? 4_096;
-
-const brokerVersion = (model: AmqpConnection): string =>
-  /^\d+\.\d+\.\d+/.exec(`${internals(model).serverProperties?.version}.0`)?.[0] ?? "0.0.0";
 
 function backoff(attempt: number, error: Error): number {
   const isRefused = error instanceof Refusal || /ACCESS.REFUSED/.test(error.message);
@@ -4306,7 +4194,7 @@ type Answer =
   | { type: "items"; id: string; items: unknown[]; more: boolean }
   | { type: "answer"; id: string; value?: unknown }
   /** A client's answer, encoded by the server's parser; or why there is none. */
-  | { type: "ack"; id: string; packet?: Part[] }
+  | { type: "ack"; id: string; packet?: Part[] | undefined }
   | { type: "clients"; id: string; count: number };
 
 /** When the namespaces were announced, the last number that was published, and the one up to which all is confirmed. */
@@ -4341,10 +4229,9 @@ const listOf =
   (check: Check): Check =>
   (value) =>
     isList(value) && value.every(check);
-const optional =
-  (check: Check): Check =>
-  (value) =>
-    value === undefined || check(value);
+function optional(check: Check): Check {
+  return (value) => value === undefined || check(value);
+}
 const fits = (value: unknown, schema: Schema): boolean =>
   isRecord(value) && Object.entries(schema).every(([field, check]) => check(value[field]));
 
@@ -4459,6 +4346,7 @@ function asError(error: unknown): Error {
 /** Routing keys: `/chat` is everyone in a namespace, `/chat#room42` a room, `@` all servers, `@<uid>` one server. */
 const ALL_SERVERS = "@";
 const serverKey = (uid: string): string => `${ALL_SERVERS}${uid}`;
+const ownKeys = (uid: string): string[] => [ALL_SERVERS, serverKey(uid)];
 /** How a key or name begins that would have been too long: its SHA-256 follows. No other key begins like this. */
 const HASHED = "%";
 /** AMQP 0-9-1: names and routing keys are short strings. */
@@ -4473,12 +4361,6 @@ const escaped = (nsp: string): string => nsp.replaceAll("%", "%25").replaceAll("
 const namespaceOf = (key: string): string => key.replace(/#.*/s, "").replaceAll("%23", "#").replaceAll("%25", "%");
 const namespaceKey = (nsp: string): string => short(escaped(nsp));
 const roomKey = (nsp: string, room: Room): string => short(`${escaped(nsp)}#${room}`);
-
-/** The rooms that share the key of this name: Socket.IO takes numbers for rooms, and tells 1 from "1". */
-function roomsNamed(name: string): Room[] {
-  const number: unknown = Number(name);
-  return String(number) === name ? [name, number as Room] : [name];
-}
 
 function isSocketId(room: Room): boolean {
   return typeof room === "string" && room.length === 20 && /^[\w-]+$/.test(room);

@@ -1339,7 +1339,7 @@ async function serve({ name, urls, rate, streak, rooms, recovery, options }: Ser
     unhandled,
     errors: [...errors],
     stats: { ...adapter.stats, lastError: undefined },
-    rooms: new Set(adapter.keys()).size,
+    rooms: adapter.roomsByKey.size,
     closed,
     foreign,
     gap,
