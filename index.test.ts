@@ -2010,12 +2010,11 @@ describe("an outage", () => {
   });
 
   // What RabbitMQ does where nodes of a cluster lose touch, done to the first message to the room on its way to the broker.
-  const disorders: Record<string, (publish: () => unknown, confirm: () => void) => (() => unknown) | void> = {
-    "delivered behind the next one": (publish) => publish,
-    "confirmed and delivered to nobody": (_, confirm) => void setTimeout(confirm, 20),
-  };
+  type Disorder = (publish: () => unknown, confirm: () => void) => (() => unknown) | void;
+  const behindTheNext: Disorder = (publish) => publish;
+  const toNobody: Disorder = (_, confirm) => void setTimeout(confirm, 20);
   test("of a cluster's nodes loses and reorders nothing, whatever becomes of a message", async () => {
-    const strike = async (name: string, disorder: (typeof disorders)[string]) => {
+    const strike = async (prefix: string, disorder: Disorder) => {
       let pending: (() => unknown) | void;
       let struck = false;
       const disorderly = tampered(({ key, send, confirm }) => {
@@ -2028,8 +2027,7 @@ describe("an outage", () => {
         pending?.();
         pending = undefined;
       });
-      const options = { prefix: `${prefix}.${name}` };
-      const [a, b] = await Promise.all([start({ ...options, amqpConnection: disorderly }), start(options)]);
+      const [a, b] = await Promise.all([start({ prefix, amqpConnection: disorderly }), start({ prefix })]);
       await acquainted([a, b]);
       const bob = await join(b, ["red", "blue"]);
       a.io.to("blue").emit("number", 0);
@@ -2046,7 +2044,7 @@ describe("an outage", () => {
       expect(b.adapter.stats.replayed).toBeGreaterThan(0);
       expect(b.adapter.stats.lost).toBe(0);
     };
-    await Promise.all(Object.entries(disorders).map(([name, disorder]) => strike(name, disorder)));
+    await Promise.all([strike(prefix, behindTheNext), strike(`${prefix}x`, toNobody)]);
   });
 
   const stuck: Record<string, (link: Proxy) => void> = {
