@@ -19,11 +19,11 @@ import {
   AmqpAdapter,
   createAdapter,
   createEmitter,
-  FrameReader,
   PeerStream,
   predecessorsOf,
   Publisher,
   readFrame,
+  readSections,
   Routes,
   type AdapterOptions,
   type Emitter,
@@ -2289,8 +2289,7 @@ describe("a simulation of senders and receivers", () => {
 
   function decode(body: Buffer): Frame {
     const frame = readFrame(body);
-    const reader = new FrameReader(frame);
-    const packets = reader.sections.flatMap((section) => reader.packets(section));
+    const packets = readSections(frame).sections.flatMap((section) => section.packets());
     return { ...frame, contents: packets.map(([text]) => parseInt(String(text))) };
   }
 
@@ -2332,7 +2331,7 @@ describe("a simulation of senders and receivers", () => {
       this.publisher = new Publisher(
         "sender--",
         { maxQueued: pick(8_000, 1e9, 1e9), maxPayload: pick(2_000, 2 ** 20), journal },
-        { servers: () => servers, severalKeys: () => several, maxKeyBytes: () => 200 },
+        { servers: () => servers, maxKeyBytes: () => (several ? 200 : 0) },
         {
           dropped: (packets) => (this.dropped += packets),
           flushIn: (ms) => (this.#flushAt = Math.min(this.#flushAt, world.now + ms)),
@@ -2735,7 +2734,7 @@ describe("a simulation of senders and receivers", () => {
 
 describe("a publisher", () => {
   const limits = { maxQueued: 1e9, maxPayload: 2 ** 24, journal: { bytes: 2 ** 24, ms: 60_000 } };
-  const facts = { servers: () => 3, severalKeys: () => true, maxKeyBytes: () => 1e5 };
+  const facts = { servers: () => 3, maxKeyBytes: () => 1e5 };
   const routes = new Routes("/", false);
   const emit = (publisher: Publisher, room: string, text = "", volatile = false) => {
     const flags = volatile ? { volatile } : {};

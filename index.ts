@@ -30,7 +30,7 @@
  *   3. `Publisher` makes a frame of what waits, numbers it, keeps it in the `SentLog` and publishes it.
  *   4. The broker routes it by its keys to the queues of the servers that hold the rooms; its confirm moves the floor.
  *   5. The peer's `PeerStream` puts it in order with what came before, or holds it while something is missing.
- *   6. `FrameReader` takes it apart, and `LocalAdapter` writes each packet to the sockets of its rooms, as it is.
+ *   6. `readSections` takes it apart, and `LocalAdapter` writes each packet to the sockets of its rooms, as it is.
  */
 import { createHash, randomBytes, randomUUID } from "node:crypto";
 import type { Socket as TcpSocket } from "node:net";
@@ -44,7 +44,7 @@ const debug = debuglog("socket.io-amqp0");
 // ── What you call ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** @internal What a simulation needs: none of it does I/O. */
-export { FrameReader, PeerStream, predecessorsOf, Publisher, readFrame, Routes };
+export { PeerStream, predecessorsOf, Publisher, readFrame, readSections, Routes };
 
 /** What amqplib's `connect()` resolves to, recovering or not. */
 export type AmqpConnection = ChannelModel | RecoveringChannelModel;
@@ -221,6 +221,7 @@ export function createEmitter<Events extends EventMap<Events> = AnyEvents>(optio
 type Settings = Required<Omit<AdapterOptions, "roomExchanges">> &
   Required<Pick<EmitterOptions, "closeTimeout">> &
   Pick<AdapterOptions, "roomExchanges"> & { journal: Required<JournalOptions> };
+type Check = (value: unknown) => boolean;
 type Expectation = [expected: string, meets: Check];
 
 const MiB = 1024 * 1024;
@@ -240,6 +241,9 @@ const DEFAULTS = {
 
 const isRecord = (value: unknown): value is Record<string, unknown> =>
   typeof value === "object" && value !== null && !Array.isArray(value);
+function optional(check: Check): Check {
+  return (value) => value === undefined || check(value);
+}
 const isFunction: Check = (value) => typeof value === "function";
 const isPositive: Check = (value) => typeof value === "number" && value > 0;
 const isBelow2To31: Check = (value) => isPositive(value) && Number(value) < 2 ** 31;
@@ -275,7 +279,7 @@ const EMITTER_OPTIONS: Record<string, Expectation> = {
   ...NODE_OPTIONS,
   onError: ["a function", optional(isFunction)],
   closeTimeout: milliseconds,
-  parser: ["what Socket.IO takes as a parser", optional((value) => fits(value, { Encoder: isFunction }))],
+  parser: ["what Socket.IO takes as a parser", optional((value) => isRecord(value) && isFunction(value["Encoder"]))],
 };
 
 /** The name that has the most pairs of letters in common with this one. */
@@ -492,9 +496,10 @@ class LocalAdapter extends BoundAdapter {
   readonly #writable = new Set<Connected>();
 
   /** @internal Packets of a peer, handed to the local sockets as they are. */
-  onPackets(section: Section, packets: () => Part[][], origin: Frame): void {
+  onPackets(section: Section, origin: Frame): void {
     const target = targetOf(section);
-    this.#write({ sockets: this.localSockets(target), target, origin, first: section.first, packets });
+    const { first, packets } = section;
+    this.#write({ sockets: this.localSockets(target), target, origin, first, packets });
   }
 
   /** Delivers a packet to the local sockets; returns it encoded. */
@@ -1010,11 +1015,10 @@ class DeliveryLog {
     const found: Delivered[] = [];
     for (number = Math.max(number, frames.first); number < frames.next; number++) {
       const frame = readFrame(frames.get(number)!);
-      const reader = new FrameReader(frame);
-      for (const section of reader.sections) {
+      for (const section of readSections(frame).sections) {
         const to = roomsOf(section);
         if (!to || (to.rooms.length > 0 && !to.rooms.some((room) => rooms.has(room)))) continue;
-        for (const [i, packet] of reader.packets(section).entries()) {
+        for (const [i, packet] of section.packets().entries()) {
           const at = frame.floor + section.first + i + 1;
           const parts = packet.map((part) => (typeof part === "string" ? part : Buffer.from(part))); // the log's memory is used again
           const { sender, number } = frame;
@@ -1027,7 +1031,7 @@ class DeliveryLog {
 
   /** Forgets what was delivered before a time, and rooms that nobody is in: whoever joins one has missed nothing there. */
   expire(before: number, isUsed: (room: Room) => boolean): void {
-    while ((this.#frames.oldestAt ?? before) < before) this.#forget();
+    while ((this.#frames.timeOf(this.#frames.first) ?? before) < before) this.#forget();
     for (const room of this.#gone.keys()) if (!isUsed(room)) this.#gone.delete(room);
   }
 
@@ -1047,7 +1051,7 @@ class DeliveryLog {
 
   #forget(): void {
     const frame = readFrame(this.#frames.get(this.#frames.first)!);
-    const { sections } = new FrameReader(frame);
+    const { sections } = readSections(frame);
     for (const [i, section] of sections.entries()) {
       const position = frame.floor + (sections[i + 1]?.first ?? frame.packets);
       const to = roomsOf(section);
@@ -1602,13 +1606,12 @@ function answersPing(conn: Connected): Promise<boolean> {
 }
 
 const isFound = (item: unknown): item is Found =>
-  isRecord(item) && (item["isMoving"] === true || (isString(item["pid"]) && isRooms(item["rooms"])));
+  isLike(item, { isMoving: true }) || isLike(item, { pid: "", rooms: [] });
 const groupOf = ({ group }: InGroup): number => group;
 const isHandedSession = (item: unknown): item is HandedSession & InGroup =>
-  isRecord(item) && [item["sid"], item["pid"], item["owner"]].every(isString) && isRooms(item["rooms"]);
-const isDelivered = (item: unknown): item is Delivered & InGroup =>
-  isRecord(item) && isRooms(item["rooms"]) && isRooms(item["except"]) && isParts(item["parts"]);
-const isHeard = (item: unknown): item is Heard => isRecord(item) && isRecord(item["heard"]);
+  isLike(item, { sid: "", pid: "", owner: "", rooms: [] });
+const isDelivered = (item: unknown): item is Delivered & InGroup => isLike(item, { rooms: [], except: [], parts: [] });
+const isHeard = (item: unknown): item is Heard => isLike(item, { heard: {} });
 
 // ── The emitter ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -1745,7 +1748,7 @@ interface Tenant {
   /** Settled when the namespace is bound and the other servers are known, or closed. */
   readonly opened: PromiseWithResolvers<void>;
   /** Packets of a peer: what for, and encoded by the peer. */
-  onPackets(section: Section, packets: () => Part[][], frame: Frame): void;
+  onPackets(section: Section, frame: Frame): void;
   onMessage(message: Message, origin: Origin): void;
   /** Emits an `error`; false where nobody listens. */
   report(error: Error): boolean;
@@ -1848,8 +1851,8 @@ class Reports extends NodePart {
     } catch (reason) {
       const error = asError(reason);
       if (error instanceof UnknownVersion) {
-        if (this.#unknown.has(error.sender) || this.#unknown.size >= 1_000) return;
-        this.#unknown.add(error.sender);
+        if (this.#unknown.has(error.message) || this.#unknown.size >= 1_000) return;
+        this.#unknown.add(error.message);
       }
       const what = error instanceof FrameError ? "Dropped" : "Failed to handle a message:";
       this.report(new Error(`${what} ${error.message} (${source()})`, { cause: error }));
@@ -2147,8 +2150,7 @@ class Sender extends NodePart implements ConnectionEvents {
   #maxKeyBytes = 0;
   readonly #facts: RoutingFacts = {
     servers: (nsp) => this.context.membership.serversOf(nsp).length,
-    severalKeys: () => this.#looksKeysUp || this.context.membership.bindings <= FEW_BINDINGS,
-    maxKeyBytes: () => this.#maxKeyBytes,
+    maxKeyBytes: () => (this.#looksKeysUp || this.context.membership.bindings <= FEW_BINDINGS ? this.#maxKeyBytes : 0),
   };
   readonly publisher: Publisher = new Publisher(this.context.uid, this.context.settings, this.#facts, {
     dropped: (packets) => (this.dropped += packets),
@@ -2437,14 +2439,15 @@ class Inbox extends NodePart {
     this.counts.packetsReceived += frame.packets;
     const source = () => `peer ${frame.sender}`;
     reports.guard(source, () => {
-      const reader = new FrameReader(frame);
-      const tenant = tenants.get(reader.nsp);
+      const { nsp, sections } = readSections(frame);
+      const tenant = tenants.get(nsp);
       if (!tenant) return;
-      for (const section of reader.sections) {
+      for (const section of sections) {
         if (section.kind === SectionKind.Direct && section.head !== uid) continue;
-        const packets = () => reader.packets(section);
-        if (section.kind < SectionKind.Messages) reports.guard(source, () => tenant.onPackets(section, packets, frame));
-        else for (const parts of packets()) reports.guard(source, () => tenant.onMessage(readMessage(parts), frame));
+        if (section.kind < SectionKind.Messages) reports.guard(source, () => tenant.onPackets(section, frame));
+        else
+          for (const parts of section.packets())
+            reports.guard(source, () => tenant.onMessage(readMessage(parts), frame));
       }
     });
   };
@@ -2549,28 +2552,6 @@ class Node extends Context {
 
 // ── Receiving: one state per peer, of what has come, what is missing and what waits for it ───────────────────────────
 
-/** How many of the latest numbers are remembered: more frames than `IN_FLIGHT` bytes hold that a peer publishes again. */
-const REMEMBERED = 16_384;
-
-/** Which of the latest numbers have come: the anti-replay window of RFC 6479. */
-class ReceiveWindow {
-  highest = 0;
-  readonly #flags = new Uint8Array(REMEMBERED);
-
-  /** Whether the number has come, or is too old to know. */
-  has(number: number): boolean {
-    if (number > this.highest) return false;
-    return number <= this.highest - REMEMBERED || this.#flags[number % REMEMBERED] === 1;
-  }
-
-  add(number: number): void {
-    const first = Math.max(this.highest + 1, number - REMEMBERED + 1);
-    for (let skipped = first; skipped < number; skipped++) this.#flags[skipped % REMEMBERED] = 0;
-    this.#flags[number % REMEMBERED] = 1;
-    this.highest = Math.max(this.highest, number);
-  }
-}
-
 /** While frames may be missing: those that come are held, and the peer is asked. */
 interface CatchUp<F> {
   /** Tells one question from the next; the same one is asked again while there is no word of an answer. */
@@ -2597,8 +2578,11 @@ interface StreamEvents<F> {
 class PeerStream<F extends Frame> {
   /** Every frame up to this number has come, was for others, or is lost; undefined until the peer is heard. */
   cursor: number | undefined;
+  /** The highest number that has come. */
+  highest = 0;
   catchUp: CatchUp<F> | undefined;
-  readonly #window = new ReceiveWindow();
+  /** Numbers above the cursor that have come; those between were for others, or are missing. */
+  readonly #come = new Set<number>();
   readonly #events: StreamEvents<F>;
   readonly #maxHeldBytes: number;
   #questions = 0;
@@ -2608,13 +2592,8 @@ class PeerStream<F extends Frame> {
     this.#maxHeldBytes = maxHeldBytes;
   }
 
-  /** The highest number that has come. */
-  get highest(): number {
-    return this.#window.highest;
-  }
-
   /** Whether a frame that was published has not come, as far as is known. */
-  readonly hasNot = (number: number): boolean => number > (this.cursor ?? 0) && !this.#window.has(number);
+  readonly hasNot = (number: number): boolean => number > (this.cursor ?? 0) && !this.#come.has(number);
 
   /** A frame as it was published; `predecessors` are unconfirmed numbers before it that should have come to this queue. */
   receive(frame: F, predecessors: readonly number[] = []): void {
@@ -2627,9 +2606,9 @@ class PeerStream<F extends Frame> {
     const isMissing = this.cursor !== undefined && predecessors.some(this.hasNot);
     const catchUp = this.catchUp ?? (isMissing ? this.startCatchUp() : undefined);
     if (catchUp) return this.#hold(catchUp, frame, predecessors);
+    this.cursor ??= number - 1;
     this.#deliver(frame);
-    const cursor = this.cursor ?? number - 1;
-    this.cursor = Math.max(cursor, floor, number === cursor + 1 ? number : 0);
+    this.#skipTo(floor);
   }
 
   /** Something may have been missed: before an outage's end, or as a frame says. */
@@ -2640,8 +2619,9 @@ class PeerStream<F extends Frame> {
 
   /** The peer says that it has published up to this number, of which all up to `floor` is confirmed. */
   hears(number: number, floor: number): void {
-    // A cursor above what was ever published is wrong, whoever is to blame.
-    if (!this.catchUp) this.cursor = Math.max(Math.min(this.cursor ?? number, number), floor);
+    if (this.catchUp) return;
+    this.cursor = Math.min(this.cursor ?? number, number); // above what was ever published it is wrong, whoever is to blame
+    this.#skipTo(floor);
   }
 
   /** An answer begins: the frames from one number to another follow. */
@@ -2652,11 +2632,10 @@ class PeerStream<F extends Frame> {
     // Heard for the first time: what is missing before its first frame may have been published before this server came.
     this.cursor ??= Math.min(from, held[0]?.frame.number ?? from) - 1;
     // The peer no longer has those before. Some may have come meanwhile.
-    const found = held.filter(({ frame }) => frame.number < from);
-    const lost = this.#countMissing(from - 1, found.length);
-    for (const { frame } of found) this.#deliverMissed(catchUp, frame);
+    for (const { frame } of held) if (frame.number < from) this.#deliverMissed(catchUp, frame);
+    const lost = this.#countMissing(this.cursor, from - 1);
     if (lost > 0) this.#events.lost(lost);
-    this.cursor = Math.max(this.cursor, from - 1);
+    this.#skipTo(from - 1);
     catchUp.to = to;
     if (this.cursor >= to) this.#finish(catchUp);
   }
@@ -2666,9 +2645,9 @@ class PeerStream<F extends Frame> {
     const { catchUp, cursor } = this;
     if (catchUp?.to === undefined || cursor === undefined || frame.number <= cursor) return true;
     if (frame.number > cursor + 1) return false;
-    this.cursor = frame.number;
-    if (this.#window.has(frame.number)) this.#events.duplicate();
+    if (this.#come.has(frame.number)) this.#events.duplicate();
     else this.#deliverMissed(catchUp, frame);
+    this.#skipTo(frame.number);
     if (frame.number >= catchUp.to) this.#finish(catchUp);
     return true;
   }
@@ -2678,12 +2657,13 @@ class PeerStream<F extends Frame> {
    * known, have not come.
    */
   giveUp(last?: number): number {
-    const { catchUp } = this;
+    const { catchUp, cursor } = this;
     if (!catchUp) return 0;
-    const missing = last === undefined ? 0 : this.#countMissing(last, catchUp.held.size);
+    const missing =
+      last === undefined || cursor === undefined ? 0 : this.#countMissing(cursor, last) - catchUp.held.size;
     this.catchUp = undefined;
     for (const { frame } of inOrder(catchUp.held)) this.receive(frame);
-    return missing;
+    return Math.max(0, missing);
   }
 
   #hold(catchUp: CatchUp<F>, frame: F, predecessors: readonly number[]): void {
@@ -2703,29 +2683,40 @@ class PeerStream<F extends Frame> {
   #finish(catchUp: CatchUp<F>): void {
     this.catchUp = undefined;
     for (const { frame, predecessors } of inOrder(catchUp.held)) {
-      if (!this.catchUp && !this.#window.has(frame.number)) this.#events.replayed();
+      if (!this.catchUp && this.hasNot(frame.number)) this.#events.replayed();
       this.receive(frame, predecessors);
     }
     if (catchUp.bytes > this.#maxHeldBytes) this.startCatchUp();
   }
 
   #deliver(frame: F): void {
-    this.#window.add(frame.number);
+    const { number } = frame;
+    if (number === (this.cursor ?? 0) + 1) this.cursor = number;
+    else this.#come.add(number);
+    this.highest = Math.max(this.highest, number);
     this.#events.deliver(frame);
   }
 
-  /** How many frames above the cursor, up to a number, have not come and are not `held`. */
-  #countMissing(last: number, held: number): number {
-    const { cursor = last } = this;
-    let missing = last - cursor - held;
-    for (let number = Math.max(cursor, last - REMEMBERED) + 1; number <= last; number++)
-      if (this.#window.has(number)) missing--;
-    return Math.max(0, missing);
+  /** Nothing up to this number is waited for any more. */
+  #skipTo(number: number): void {
+    if (this.cursor === undefined || number <= this.cursor) return;
+    this.cursor = number;
+    for (const come of this.#come) {
+      if (come > number) return;
+      this.#come.delete(come);
+    }
+  }
+
+  /** How many frames above one number, up to another, have not come. */
+  #countMissing(after: number, last: number): number {
+    let missing = Math.max(0, last - after);
+    for (const number of this.#come) if (number > after && number <= last) missing--;
+    return missing;
   }
 }
 
-const inOrder = <T>(held: Map<number, T>): T[] =>
-  [...held].sort(([one], [other]) => one - other).map(([, frame]) => frame);
+const inOrder = <T extends { readonly frame: Frame }>(held: Map<number, T>): T[] =>
+  [...held.values()].sort((one, other) => one.frame.number - other.frame.number);
 
 // ── Sending: packets wait, are put into frames, and frames are kept until their journal forgets them ─────────────────
 
@@ -2743,6 +2734,7 @@ interface Destination {
 interface Waiting {
   readonly to: Destination;
   readonly parts: readonly Part[];
+  /** Of its content. */
   readonly bytes: number;
   /** When it was emitted (ms, monotonic). */
   readonly at: number;
@@ -2766,18 +2758,15 @@ const MAX_KEYS = 64;
 interface RoutingFacts {
   /** How many other servers have a namespace open. */
   servers(nsp: string): number;
-  /** Whether several keys in one message are cheap: not where the broker scans many bindings for them. */
-  severalKeys(): boolean;
-  /** How many bytes of keys a header takes. */
+  /** How many bytes several keys in one message may take; 0 where the broker would scan many bindings for them. */
   maxKeyBytes(): number;
 }
 
 /** Packets that wait to be put into frames, oldest first. They have no numbers yet, so one that is dropped leaves no hole. */
 class Batcher {
-  bytes = 0;
   #packets: Waiting[] = [];
-  /** Where the oldest one stands. */
-  #start = 0;
+  /** The bytes of their content. */
+  #content = 0;
   readonly #maxBytes: number;
   /** So far below `maxPayload` that multi-byte text does not reach it (bytes). */
   readonly #frameSize: number;
@@ -2790,14 +2779,17 @@ class Batcher {
   }
 
   get size(): number {
-    return this.#packets.length - this.#start;
+    return this.#packets.length;
+  }
+
+  get bytes(): number {
+    return this.#content + this.size * WAITING_OVERHEAD;
   }
 
   /** Returns how many of the oldest were dropped, for want of room. */
-  add(to: Destination, parts: readonly Part[], contentBytes: number, at: number): number {
-    const bytes = contentBytes + WAITING_OVERHEAD;
-    this.#packets.push({ to, parts, bytes, at });
-    this.bytes += bytes;
+  add(packet: Waiting): number {
+    this.#packets.push(packet);
+    this.#content += packet.bytes;
     let dropped = 0;
     while (this.bytes > this.#maxBytes) for (const { to } of this.#shift(1)) dropped += Number(!to.volatile);
     return dropped;
@@ -2806,67 +2798,64 @@ class Batcher {
   /** Drops the packets that pass a test, and returns how many of them are not volatile. */
   drop(test: (packet: Waiting) => boolean): number {
     let dropped = 0;
-    this.#packets = this.#packets.slice(this.#start).filter((packet) => {
+    this.#packets = this.#packets.filter((packet) => {
       if (!test(packet)) return true;
-      this.bytes -= packet.bytes;
+      this.#content -= packet.bytes;
       dropped += Number(!packet.to.volatile);
       return false;
     });
-    this.#start = 0;
     return dropped;
   }
 
   /** Whether a frame made now would be smaller than one made later. */
   get mayGrow(): boolean {
-    const [first, last] = [this.#packets[this.#start], this.#packets.at(-1)];
-    if (!first || !last || this.bytes - this.size * WAITING_OVERHEAD >= this.#frameSize) return false;
+    const [first, last] = [this.#packets[0], this.#packets.at(-1)];
+    if (!first || !last || this.#content >= this.#frameSize) return false;
     return isSame(first.to, last.to) || (mayShare(first.to, last.to) && this.#maxKeys(first.to.nsp) > 1);
   }
 
   /** What the next frame is made of, where its first packet goes, and its routing keys; undefined if nothing waits. */
   next(): { to: Destination; packets: Waiting[]; keys: readonly string[] } | undefined {
-    const to = this.#packets[this.#start]?.to;
+    const to = this.#packets[0]?.to;
     if (!to) return undefined;
     const keys = new Set(to.keys);
     const maxKeys = this.#maxKeys(to.nsp);
     let count = 0;
     let content = 0;
     let previous = to;
-    let isMixed = false;
-    for (let packet = this.#packets[this.#start]; packet; packet = this.#packets[this.#start + ++count]) {
-      content += packet.bytes - WAITING_OVERHEAD;
+    for (const packet of this.#packets) {
+      content += packet.bytes;
       if (content > this.#frameSize && count > 0) break;
-      if (isSame(packet.to, previous)) continue;
-      previous = packet.to;
-      if (!mayShare(previous, to) || keys.size + previous.keys.length > maxKeys) break;
-      for (const key of previous.keys) keys.add(key);
-      isMixed = true;
+      if (!isSame(packet.to, previous)) {
+        previous = packet.to;
+        if (!mayShare(previous, to) || keys.size + previous.keys.length > maxKeys) break;
+        for (const key of previous.keys) keys.add(key);
+      }
+      count++;
     }
-    return { to, packets: this.#shift(count), keys: this.#route(to.nsp, keys, isMixed) };
+    return { to, packets: this.#shift(count), keys: this.#route(to, keys) };
   }
 
   /** Up to how many keys the packets of one frame may have, if they are not all for the same rooms. */
   #maxKeys(nsp: string): number {
     if (this.#facts.servers(nsp) <= FEW_SERVERS) return Infinity;
-    return this.#facts.severalKeys() ? MAX_KEYS : 1;
+    return this.#facts.maxKeyBytes() > 0 ? MAX_KEYS : 1;
   }
 
-  /** The keys that a frame takes: those of its packets, or that of everyone. */
-  #route(nsp: string, keys: ReadonlySet<string>, isMixed: boolean): readonly string[] {
+  /** The keys that a frame takes, whose first packet has these: those of all its packets, or that of everyone. */
+  #route({ nsp, keys: first }: Destination, keys: ReadonlySet<string>): readonly string[] {
     if (keys.size === 1) return [...keys];
     const everyone = [namespaceKey(nsp)];
-    if (isMixed && keys.size >= Math.max(MANY_KEYS, this.#facts.servers(nsp))) return everyone;
+    if (keys.size > first.length && keys.size >= Math.max(MANY_KEYS, this.#facts.servers(nsp))) return everyone;
     let bytes = 0;
     for (const key of keys) bytes += 5 + key.length * 3; // an entry of the `CC` header, at most
-    return this.#facts.severalKeys() && bytes <= this.#facts.maxKeyBytes() ? [...keys] : everyone;
+    return bytes <= this.#facts.maxKeyBytes() ? [...keys] : everyone;
   }
 
   /** Removes the oldest ones, and returns them. */
   #shift(count: number): Waiting[] {
-    const oldest = this.#packets.slice(this.#start, this.#start + count);
-    for (const { bytes } of oldest) this.bytes -= bytes;
-    this.#start += count;
-    if (this.#start * 2 >= this.#packets.length) this.#start -= this.#packets.splice(0, this.#start).length;
+    const oldest = this.#packets.splice(0, count);
+    for (const { bytes } of oldest) this.#content -= bytes;
     return oldest;
   }
 }
@@ -2908,21 +2897,14 @@ class SentLog {
   /** How many bytes the frames take. */
   bytes = 0;
   readonly #blocks: Block[] = [];
-  /** A block's memory that is free: what is used again costs no page faults. */
-  #spare: Buffer | undefined;
-  /** Frames that have no content any more. */
-  readonly #withdrawn = new Set<number>();
+  /** The memory of a block that was forgotten: what is used again costs no page faults. */
+  readonly #spare: Buffer[] = [];
   readonly #maxBytes: number;
   readonly #blockSize: number;
 
   constructor(maxBytes: number) {
     this.#maxBytes = maxBytes;
     this.#blockSize = Math.min(512 * 1024, Math.ceil(maxBytes / 16)); // a larger frame has a block of its own
-  }
-
-  /** When the oldest frame was made (ms, monotonic); undefined if there is none. */
-  get oldestAt(): number | undefined {
-    return this.timeOf(this.first);
   }
 
   /** When a frame that is held was made (ms, monotonic). */
@@ -2944,7 +2926,9 @@ class SentLog {
     let block = this.#blocks.at(-1);
     let start = block?.ends.at(-1) ?? 0;
     if (!block || start + size > block.buffer.length) {
-      block = { buffer: this.#allocate(size), first: this.next, ends: [], times: [] };
+      const spare = size <= this.#blockSize ? this.#spare.pop() : undefined;
+      const buffer = spare ?? Buffer.allocUnsafeSlow(Math.max(size, this.#blockSize));
+      block = { buffer, first: this.next, ends: [], times: [] };
       start = 0;
       this.#blocks.push(block);
     }
@@ -2960,49 +2944,31 @@ class SentLog {
     const block = this.#blockOf(number);
     if (!block) return undefined;
     const { ends, buffer, first } = block;
-    const start = ends[number - first - 1] ?? 0;
-    return buffer.subarray(start, this.#withdrawn.has(number) ? start + EMPTY_FRAME : ends[number - first]);
-  }
-
-  /** Takes a frame's content away and returns what is left, so that its number is no hole. */
-  withdraw(number: number): Buffer | undefined {
-    const frame = this.get(number);
-    if (!frame) return undefined;
-    emptyFrame(frame);
-    this.#withdrawn.add(number);
-    return frame.subarray(0, EMPTY_FRAME);
+    const frame = buffer.subarray(ends[number - first - 1] ?? 0, ends[number - first]);
+    return packetsIn(frame) > 0 ? frame : frame.subarray(0, HEADER + 4 * wordsIn(frame)); // withdrawn
   }
 
   /** Forgets the oldest frame; with the last one of a block its memory. */
   forget(): void {
     const [block] = this.#blocks;
     if (!block) return;
-    const index = this.first - block.first;
+    const index = this.first++ - block.first;
     this.bytes -= (block.ends[index] ?? 0) - (block.ends[index - 1] ?? 0);
-    this.#withdrawn.delete(this.first++);
-    if (index < block.ends.length - 1) return;
+    if (this.first < block.first + block.ends.length) return;
     this.#blocks.shift();
-    const isReusable = this.#blocks.length > 0 && block.buffer.length === this.#blockSize;
-    this.#spare = isReusable ? block.buffer : undefined;
+    if (block.buffer.length === this.#blockSize) this.#spare[0] = block.buffer;
   }
 
   #blockOf(number: number): Block | undefined {
     if (number < this.first || number >= this.next) return undefined;
     return this.#blocks.findLast(({ first }) => first <= number);
   }
-
-  #allocate(size: number): Buffer {
-    if (size > this.#blockSize) return Buffer.allocUnsafeSlow(size);
-    const buffer = this.#spare ?? Buffer.allocUnsafeSlow(this.#blockSize);
-    this.#spare = undefined;
-    return buffer;
-  }
 }
 
 /** A message for the publishing connection. */
 interface Outgoing {
-  readonly keys: readonly string[];
-  readonly body: Buffer;
+  keys: readonly string[];
+  body: Buffer;
   /** One server's, or all servers', queue: published to the keys, and returned if there is no such queue. */
   readonly direct: boolean;
   /** A frame that its receiver has asked for again. */
@@ -3017,16 +2983,12 @@ type Transmit = (message: Outgoing, confirmed: (outcome: Outcome) => void) => vo
 interface Flight extends Outgoing {
   /** 0 if it is volatile. */
   readonly number: number;
-  /** When it was made (ms, monotonic). */
-  readonly at: number;
+  /** Of its keys. */
   readonly digests: readonly number[];
-  keys: readonly string[];
-  body: Buffer;
-  packets: number;
 }
 
 interface PublisherEvents {
-  /** Packets were given up: too many waited, or for too long. */
+  /** So many packets were given up, if any: too many waited, or for too long. */
   dropped(packets: number): void;
   /** Runs `flush()` after so many ms, unless it is planned already; with 0 at the end of this turn of the event loop. */
   flushIn(ms: number): void;
@@ -3103,7 +3065,7 @@ class Publisher {
 
   /** How many packets are not confirmed yet. */
   get unconfirmedPackets(): number {
-    return this.#flights.reduce((sum, { packets }) => sum + packets, this.batcher.size);
+    return this.#flights.reduce((sum, { body }) => sum + packetsIn(body), this.batcher.size);
   }
 
   /** Publishes what has not been confirmed once more, with its numbers, and then what waits. */
@@ -3112,7 +3074,8 @@ class Publisher {
     this.#bytesInFlight = 0;
     const before = this.#now() - this.#journalMs;
     for (const flight of this.#flights) {
-      if (flight.at < before) this.#events.dropped(this.#withdraw(flight)); // peers may have forgotten whether they have it
+      const at = this.log.timeOf(flight.number) ?? before;
+      if (at < before) this.#events.dropped(this.#withdraw(flight)); // peers may have forgotten whether they have it
       this.#send(flight);
     }
     this.expire();
@@ -3151,8 +3114,7 @@ class Publisher {
       this.#turnAt = this.#now();
       this.#events.flushIn(0);
     }
-    const dropped = this.batcher.add(to, parts, bytes, this.#turnAt);
-    if (dropped > 0) this.#events.dropped(dropped);
+    this.#events.dropped(this.batcher.add({ to, parts, bytes, at: this.#turnAt }));
   }
 
   readonly flush = (): void => {
@@ -3171,9 +3133,8 @@ class Publisher {
   expire(): void {
     const { log, floor } = this;
     const before = this.#now() - this.#journalMs;
-    while (log.first <= floor && (log.oldestAt ?? before) < before) log.forget();
-    const dropped = this.canPublish ? 0 : this.batcher.drop(({ at }) => at < before);
-    if (dropped > 0) this.#events.dropped(dropped);
+    while (log.first <= floor && (log.timeOf(log.first) ?? before) < before) log.forget();
+    if (!this.canPublish) this.#events.dropped(this.batcher.drop(({ at }) => at < before));
   }
 
   /** Resolves once all that was added is confirmed. */
@@ -3188,33 +3149,31 @@ class Publisher {
   giveUpLargest(): number {
     const sizeOf = ({ body, keys }: Flight) => body.length + keys.join().length;
     const [largest] = this.#flights.toSorted((a, b) => sizeOf(b) - sizeOf(a));
-    if (!largest) return 0;
-    const size = sizeOf(largest);
-    this.#withdraw(largest);
+    const size = largest ? sizeOf(largest) : 0;
+    if (largest) this.#withdraw(largest);
     return size;
   }
 
-  /** Takes a frame's packets away, and returns how many. Its number stays, so nobody misses it. */
+  /** Takes a frame's packets away, in the log too, and returns how many. Its number stays, so nobody misses it. */
   #withdraw(flight: Flight): number {
-    const { packets } = flight;
-    flight.body = this.log.withdraw(flight.number) ?? flight.body;
-    flight.keys = flight.keys.slice(0, 1);
-    flight.packets = 0;
+    const { body, keys, number } = flight;
+    const packets = packetsIn(body);
+    flight.body = writeFrame((size) => body.subarray(0, size), this.#uid, number, this.floor, [], []);
+    flight.keys = keys.slice(0, 1);
     return packets;
   }
 
   #publish(): void {
     const batch = this.batcher.next();
     if (!batch) return;
-    const { to, keys, packets } = batch;
+    const { to, packets, keys } = batch;
     const number = to.volatile ? 0 : this.log.next;
     const allocate = (size: number) =>
       to.volatile ? Buffer.allocUnsafe(size) : this.log.append(size, this.#now(), this.floor);
     const predecessors = to.volatile ? [] : predecessorsIn(this.#flights, number);
     const body = writeFrame(allocate, this.#uid, number, this.floor, packets, predecessors);
     const digests = keys.slice(0, MAX_DIGESTS).map(digestOf);
-    const direct = to.kind === SectionKind.Direct;
-    const flight: Flight = { number, at: this.#now(), keys, body, direct, digests, packets: packets.length };
+    const flight: Flight = { number, keys, body, digests, direct: to.kind === SectionKind.Direct };
     this.#flights.push(flight);
     this.packetsSent += packets.length;
     this.#send(flight);
@@ -3289,13 +3248,16 @@ class Routes {
     return this.#socketRooms || !isSocketId(room);
   }
 
-  packets(opts: BroadcastOptions): Destination {
-    const { rooms, except, flags } = opts;
-    if (rooms.size > 1 || except?.size || flags?.volatile !== undefined || flags?.compress !== undefined)
-      return this.#withOptions(opts);
-    if (rooms.size === 0) return this.#everyone;
+  packets({ rooms, except, flags = {} }: BroadcastOptions): Destination {
     const [room] = rooms;
-    if (typeof room !== "string") return this.#withOptions(opts); // users pass `undefined` as well
+    const hasOptions = rooms.size > 1 || except?.size || flags.volatile !== undefined || flags.compress !== undefined;
+    if (rooms.size === 0 && !hasOptions) return this.#everyone;
+    // Users pass `undefined` for a room as well.
+    if (hasOptions || typeof room !== "string") {
+      const head = JSON.stringify([sentRooms(rooms), sentRooms(except ?? []), sentFlags(flags)]);
+      const keys = this.#keys(rooms);
+      return { ...this.#everyone, kind: SectionKind.Options, head, keys, volatile: Boolean(flags.volatile) };
+    }
     const ready = this.#destinations.get(room);
     if (ready) return ready;
     const destination = { ...this.#everyone, kind: SectionKind.Room, head: room, keys: this.#keys(rooms) };
@@ -3334,12 +3296,6 @@ class Routes {
     if (until > performance.now()) return true;
     this.#fromAfar.delete(room);
     return false;
-  }
-
-  #withOptions({ rooms, except, flags }: BroadcastOptions): Destination {
-    const head = JSON.stringify([sentRooms(rooms), sentRooms(except ?? []), sentFlags(flags)]);
-    const volatile = Boolean(flags?.volatile);
-    return { ...this.#everyone, kind: SectionKind.Options, head, keys: this.#keys(rooms), volatile };
   }
 
   #keys(rooms: Iterable<Room>): readonly string[] {
@@ -3938,24 +3894,17 @@ type Part = string | Uint8Array;
 
 const VERSION = 2;
 const HEADER = 32;
-/** Where a frame's floor stands. */
+/** Where a frame's floor and its numbers of words and of packets stand. */
 const FLOOR = 16;
-/** A frame without sections. */
-const EMPTY_FRAME = HEADER + 12;
+const WORDS = 24;
+const PACKETS = 28;
 const BINARY = 2 ** 31;
 const MORE_PARTS = 2 ** 30;
 const MAX_PART = MORE_PARTS - 1;
 
 /** A message that cannot be read: malformed, or not ours. */
 class FrameError extends Error {}
-class UnknownVersion extends FrameError {
-  readonly sender: string;
-
-  constructor(version: number, sender: string) {
-    super(`a frame of version ${version}; this adapter reads version ${VERSION}: update the older servers`);
-    this.sender = sender;
-  }
-}
+class UnknownVersion extends FrameError {}
 
 interface Frame {
   readonly kind: number;
@@ -4023,8 +3972,8 @@ function assemble(
   frame.writeUIntLE(number, 10, 6);
   frame.writeUIntLE(floor, FLOOR, 6);
   frame.writeUInt16LE(0, 22);
-  frame.writeUInt32LE(words.length, 24);
-  frame.writeUInt32LE(packets, 28);
+  frame.writeUInt32LE(words.length, WORDS);
+  frame.writeUInt32LE(packets, PACKETS);
   frame.set(new Uint8Array(new Uint32Array(words).buffer), HEADER);
   offset += frame.write(text, offset);
   for (const binary of binaries) {
@@ -4034,26 +3983,26 @@ function assemble(
   return frame;
 }
 
-/** Takes a frame's content away: nothing is left but its sender and number. */
-function emptyFrame(frame: Buffer): void {
-  frame.fill(0, HEADER, EMPTY_FRAME);
-  frame.writeUInt32LE(3, 24);
-  frame.writeUInt32LE(0, 28);
-}
-
 /** The header. What is behind it is read when somebody wants it. */
 function readFrame(body: Buffer): Frame {
-  const [version, kind] = body;
-  if (version === undefined || kind === undefined || version === 0 || version >= 0x20 || body.length < HEADER)
+  const [version = 0, kind] = body;
+  if (version === 0 || version >= 0x20 || body.length < HEADER)
     throw new FrameError(`neither a frame nor of content type application/json (${body.length} bytes)`);
   const sender = body.toString("latin1", 2, 10);
-  if (version !== VERSION) throw new UnknownVersion(version, sender);
-  if (kind !== FrameKind.Packets && kind !== FrameKind.Control) throw new FrameError(`a frame of kind ${kind}`);
+  if (version !== VERSION) {
+    const why = `this adapter reads version ${VERSION}: update the older servers`;
+    throw new UnknownVersion(`a frame of version ${version} from server ${sender}; ${why}`);
+  }
+  const words = wordsIn(body);
+  if (kind !== FrameKind.Control && (kind !== FrameKind.Packets || words < 3 || HEADER + 4 * words > body.length))
+    throw new FrameError(`a frame of kind ${kind} with ${words} words in ${body.length} bytes`);
   const number = body.readUIntLE(10, 6);
   const floor = body.readUIntLE(FLOOR, 6);
-  return { kind, sender, number, floor, packets: body.readUInt32LE(28), body };
+  return { kind, sender, number, floor, packets: packetsIn(body), body };
 }
 
+const wordsIn = (frame: Buffer): number => frame.readUInt32LE(WORDS);
+const packetsIn = (frame: Buffer): number => frame.readUInt32LE(PACKETS);
 const wordAt = (body: Buffer, index: number): number => body.readUInt32LE(HEADER + 4 * index);
 
 /** The numbers of a frame's predecessors that have not come, and whose routing key passes a test. */
@@ -4063,10 +4012,8 @@ function predecessorsOf(
   hasNot: (number: number) => boolean = () => true,
 ): readonly number[] {
   const numbers: number[] = [];
-  if (body.length < EMPTY_FRAME) return numbers;
   const start = 3 + 2 * wordAt(body, 1);
-  const end = start + 2 * wordAt(body, 2);
-  if (HEADER + 4 * end > body.length) return numbers; // it is reported when it is taken apart
+  const end = Math.min(start + 2 * wordAt(body, 2), wordsIn(body));
   for (let i = start; i < end; i += 2) {
     const before = number - wordAt(body, i);
     if (hasNot(before) && isExpected(wordAt(body, i + 1))) numbers.push(before);
@@ -4080,68 +4027,58 @@ interface Section {
   readonly head: string;
   /** How many packets stand before it. */
   readonly first: number;
-  /** Where its first part stands: among the words, in the text, and among the binaries. */
-  readonly word: number;
-  readonly parts: number;
-  readonly text: number;
-  readonly binary: number;
+  /** Takes its packets out, each with its parts. */
+  readonly packets: () => Part[][];
 }
 
-/** Takes apart what is behind a frame's header. */
-class FrameReader {
-  readonly nsp: string;
-  readonly sections: Section[] = [];
-  readonly #body: Buffer;
-  readonly #text: string;
-
-  constructor({ body }: Frame) {
-    const words = body.readUInt32LE(24);
-    const start = HEADER + 4 * words;
-    if (words < 3 || start > body.length) throw new FrameError(`a frame of ${words} words in ${body.length} bytes`);
-    const sectionsEnd = 3 + 2 * wordAt(body, 1);
-    let word = sectionsEnd + 2 * wordAt(body, 2);
-    let binary = body.length;
-    for (let i = word; i < words; i++) if (wordAt(body, i) >= BINARY) binary -= wordAt(body, i) & MAX_PART;
-    if (word > words || binary < start) throw new FrameError("a frame whose parts are more than its bytes");
-    this.#body = body;
-    this.#text = body.toString("utf8", start, binary);
-    let head = wordAt(body, 0);
-    let text = head;
-    let first = 0;
-    this.nsp = this.#text.slice(0, head);
-    for (let i = 3; i < sectionsEnd; i += 2) text += wordAt(body, i) >>> 3;
-    for (let i = 3; i < sectionsEnd; i += 2) {
-      const about = wordAt(body, i);
-      const parts = wordAt(body, i + 1);
-      if (parts > words - word) throw new FrameError(`a section of ${parts} parts in ${words} words`);
-      const headEnd = head + (about >>> 3);
-      this.sections.push({ kind: about & 7, head: this.#text.slice(head, headEnd), first, word, parts, text, binary });
-      head = headEnd;
-      for (const end = word + parts; word < end; word++) {
-        const part = wordAt(body, word);
-        if ((part & MORE_PARTS) === 0) first++;
-        if (part >= BINARY) binary += part & MAX_PART;
-        else text += part & MAX_PART;
-      }
-    }
-    if (text !== this.#text.length || binary !== body.length || word !== words)
-      throw new FrameError("a frame whose parts do not fill it");
-  }
-
-  packets({ word, parts, text, binary }: Section): Part[][] {
+/** Takes apart what is behind a frame's header, but for the packets, which not every server wants. */
+function readSections({ body }: Frame): { nsp: string; sections: Section[] } {
+  const words = wordsIn(body);
+  const sectionsEnd = 3 + 2 * wordAt(body, 1);
+  // Where the next part stands: among the words, in the text, and among the binaries.
+  let word = sectionsEnd + 2 * wordAt(body, 2);
+  if (word > words) throw new FrameError(`a frame of ${words} words, of which sections take ${word}`);
+  let textAt = wordAt(body, 0);
+  let binaryAt = body.length;
+  for (let i = 3; i < sectionsEnd; i += 2) textAt += wordAt(body, i) >>> 3;
+  for (let i = word; i < words; i++) if (wordAt(body, i) >= BINARY) binaryAt -= wordAt(body, i) & MAX_PART;
+  const text = body.toString("utf8", HEADER + 4 * words, binaryAt);
+  const packetsAt = (word: number, parts: number, textAt: number, binaryAt: number): Part[][] => {
     const packets: Part[][] = [];
     let packet: Part[] = [];
     for (let i = word; i < word + parts; i++) {
-      const part = wordAt(this.#body, i);
+      const part = wordAt(body, i);
       const length = part & MAX_PART;
-      if (part >= BINARY) packet.push(this.#body.subarray(binary, (binary += length)));
-      else packet.push(this.#text.substring(text, (text += length)));
+      if (part >= BINARY) packet.push(body.subarray(binaryAt, (binaryAt += length)));
+      else packet.push(text.substring(textAt, (textAt += length)));
       if ((part & MORE_PARTS) !== 0) continue;
       packets.push(packet);
       packet = [];
     }
     return packets;
+  };
+  const sections: Section[] = [];
+  let headAt = wordAt(body, 0);
+  let first = 0;
+  for (let i = 3; i < sectionsEnd; i += 2) {
+    const about = wordAt(body, i);
+    const parts = wordAt(body, i + 1);
+    if (parts > words - word) throw new FrameError(`a section of ${parts} parts in ${words} words`);
+    const head = text.slice(headAt, (headAt += about >>> 3));
+    const from = word;
+    const textFrom = textAt;
+    const binaryFrom = binaryAt;
+    sections.push({ kind: about & 7, head, first, packets: () => packetsAt(from, parts, textFrom, binaryFrom) });
+    for (const end = word + parts; word < end; word++) {
+      const part = wordAt(body, word);
+      if ((part & MORE_PARTS) === 0) first++;
+      if (part >= BINARY) binaryAt += part & MAX_PART;
+      else textAt += part & MAX_PART;
+    }
   }
+  if (textAt !== text.length || binaryAt !== body.length || word !== words)
+    throw new FrameError("a frame whose parts do not fill it");
+  return { nsp: text.slice(0, wordAt(body, 0)), sections };
 }
 
 /** Heads come again and again: parsed once. */
@@ -4153,9 +4090,9 @@ function packetsHead(text: string): Required<BroadcastOptions> {
   if (known) return known;
   const value = parseJson(text);
   const [rooms, except, flags] = isList(value) ? value : [];
-  if (!isRooms(rooms) || !isRooms(except) || !isRecord(flags))
-    throw new FrameError("a section whose head is not [rooms, except, flags]");
-  const head = { rooms: new Set(rooms), except: new Set(except), flags };
+  const opts = { rooms, except, flags };
+  if (!isLike(opts, OPTIONS)) throw new FrameError("a section whose head is not [rooms, except, flags]");
+  const head = fromWire(opts);
   if (parsedHeads.size >= MAX_HEADS) parsedHeads.clear();
   if (text.length < 1_024) parsedHeads.set(text, head);
   return head;
@@ -4215,61 +4152,48 @@ type Control =
   /** The answer: the frames from one number to another follow, each as it was published. */
   | { type: "begin"; id: number; from: number; to: number };
 
-type Check = (value: unknown) => boolean;
-type Schema = Record<string, Check>;
-
-const isString: Check = (value) => typeof value === "string";
-const isNumber: Check = (value) => Number.isSafeInteger(value) && Number(value) >= 0;
-const isRoom: Check = (value) => typeof value === "string" || typeof value === "number";
 const isList = (value: unknown): value is unknown[] => Array.isArray(value);
-/** Users emit to `undefined` as well, which JSON makes null, and mean a room that nobody is in. */
-const isRooms = (value: unknown): value is Room[] =>
-  isList(value) && value.every((room) => isRoom(room) || room === null);
-const listOf =
-  (check: Check): Check =>
-  (value) =>
-    isList(value) && value.every(check);
-function optional(check: Check): Check {
-  return (value) => value === undefined || check(value);
+
+/** Whether a value has the fields of a sample, each with a value of the same type. */
+function isLike<T>(value: unknown, sample: T): value is T {
+  if (isList(sample)) return isList(value);
+  if (!isRecord(sample)) return typeof value === typeof sample;
+  return isRecord(value) && Object.entries(sample).every(([field, like]) => isLike(value[field], like));
 }
-const fits = (value: unknown, schema: Schema): boolean =>
-  isRecord(value) && Object.entries(schema).every(([field, check]) => check(value[field]));
 
-const OPTIONS = { rooms: isRooms, except: isRooms, flags: isRecord };
-const isOptions: Check = (value) => fits(value, OPTIONS);
-const isParts = listOf((part) => typeof part === "string" || part instanceof Uint8Array);
-
-const MESSAGES: Record<Message["type"], Schema> = {
-  packet: { opts: isOptions, data: isList },
-  join: { opts: isOptions, rooms: listOf(isRoom) },
-  leave: { opts: isOptions, rooms: listOf(isRoom) },
-  disconnect: { opts: isOptions },
-  emit: { id: optional(isString), args: isList },
-  fetch: { id: isString, opts: isOptions },
-  find: { id: isString, pid: optional(isString), offset: optional(isString) },
-  claim: { id: isString, pids: listOf(isString), offset: optional(isString) },
-  offer: { id: isString },
-  broadcast: { id: isString, opts: isOptions, timeout: (ms) => Number(ms) >= 0, packet: isParts },
-  items: { id: isString, items: isList },
-  answer: { id: isString },
-  ack: { id: isString, packet: optional(isParts) },
-  clients: { id: isString, count: isNumber },
+/** What each message has at least. */
+const OPTIONS: WireOptions = { rooms: [], except: [], flags: {} };
+const MESSAGES: Record<Message["type"], object> = {
+  packet: { opts: OPTIONS, data: [] },
+  join: { opts: OPTIONS, rooms: [] },
+  leave: { opts: OPTIONS, rooms: [] },
+  disconnect: { opts: OPTIONS },
+  emit: { args: [] },
+  fetch: { id: "", opts: OPTIONS },
+  find: { id: "" },
+  claim: { id: "", pids: [] },
+  offer: { id: "" },
+  broadcast: { id: "", opts: OPTIONS, packet: [] },
+  items: { id: "", items: [] },
+  answer: { id: "" },
+  ack: { id: "" },
+  clients: { id: "", count: 0 },
 };
-const PROGRESS = { revision: isNumber, number: isNumber, floor: isNumber };
-const CONTROLS: Record<Control["type"], Schema> = {
-  hello: { namespaces: listOf(isString), shared: isRecord, ...PROGRESS },
-  beat: { bindings: isNumber, ...PROGRESS },
-  bye: { number: isNumber },
+const PROGRESS: Progress = { revision: 0, number: 0, floor: 0 };
+const CONTROLS: Record<Control["type"], object> = {
+  hello: { namespaces: [], shared: {}, ...PROGRESS },
+  beat: { bindings: 0, ...PROGRESS },
+  bye: { number: 0 },
   ping: {},
-  ask: { id: isNumber, after: optional(isNumber), ms: optional(isNumber) },
-  begin: { id: isNumber, from: isNumber, to: isNumber },
+  ask: { id: 0 },
+  begin: { id: 0, from: 0, to: 0 },
 };
 
-function verified<T extends { type: string }>(schemas: Record<T["type"], Schema>, value: unknown): T {
+function verified<T extends { type: string }>(samples: Record<T["type"], object>, value: unknown): T {
   const type = isRecord(value) && value["type"];
-  if (typeof type === "string" && Object.hasOwn(schemas, type) && fits(value, schemas[type as T["type"]]))
+  if (typeof type === "string" && Object.hasOwn(samples, type) && isLike(value, samples[type as T["type"]]))
     return value as T;
-  throw new FrameError(`a message that is none of ${Object.keys(schemas).join(", ")}`);
+  throw new FrameError(`a message that is none of ${Object.keys(samples).join(", ")}`);
 }
 
 const readMessage = (parts: Part[]): Message => verified<Message>(MESSAGES, decodeValue(parts));
@@ -4328,9 +4252,9 @@ function toWire({ rooms, except, flags }: BroadcastOptions): WireOptions {
 
 /** Users pass rooms that are neither strings nor numbers as well; nobody is in them. */
 const sentRooms = (rooms: Iterable<Room | null>): Room[] =>
-  Array.from(rooms, (room) => (isRoom(room) ? room : null) as Room);
+  Array.from(rooms, (room) => (typeof room === "string" || typeof room === "number" ? room : null) as Room);
 
-function fromWire({ rooms, except, flags }: WireOptions): BroadcastOptions {
+function fromWire({ rooms, except, flags }: WireOptions): Required<BroadcastOptions> {
   return { rooms: new Set(rooms), except: new Set(except), flags };
 }
 
@@ -4362,9 +4286,7 @@ const namespaceOf = (key: string): string => key.replace(/#.*/s, "").replaceAll(
 const namespaceKey = (nsp: string): string => short(escaped(nsp));
 const roomKey = (nsp: string, room: Room): string => short(`${escaped(nsp)}#${room}`);
 
-function isSocketId(room: Room): boolean {
-  return typeof room === "string" && room.length === 20 && /^[\w-]+$/.test(room);
-}
+const isSocketId = (room: Room): boolean => typeof room === "string" && room.length === 20 && /^[\w-]+$/.test(room);
 
 class Names {
   /** Everybody publishes to this exchange, which bears the prefix as its name. */
@@ -4378,8 +4300,7 @@ class Names {
   }
 
   roomExchange(key: string): string {
-    const name = `${this.main}#${key}`;
-    return isShort(name) ? name : `${this.main}#${hashed(key)}`;
+    return `${this.main}#${isShort(`${this.main}#${key}`) ? key : hashed(key)}`;
   }
 
   queue(uid: string, generation: number): string {
