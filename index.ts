@@ -436,7 +436,7 @@ class BoundAdapter extends Adapter {
 
   override delAll(id: SocketId): void {
     const rooms = this.sids.get(id);
-    this.recovery?.left(id);
+    this.recovery?.sessions.left(id, this.nsp.sockets.get(id)?.pid);
     super.delAll(id);
     if (rooms) void this.#follow(rooms);
   }
@@ -899,48 +899,46 @@ interface Delivered {
   readonly number: number;
 }
 
-/** How far a client has come, in positions of one server. */
+/** How far a client has come, in positions of the server that it is or was connected to. */
 interface Trail {
-  /** The position at which it came, and that of the last packet that was written to it. */
+  readonly sid: SocketId;
+  /** That server, whose offsets the client knows. */
+  readonly owner: string;
+  /** The position at which the client came, and that of the last packet that was written to it. */
   readonly base: number;
   last: number;
-  /** What the client presented when it came back the last time, and what that stands for, until it hears of a newer one. */
-  readonly presented?: { readonly offset: string; readonly position: number } | undefined;
+  /** The offset with which it came back, if it did. Until it hears of a newer one, this stands for `base`. */
+  readonly presented?: string | undefined;
 }
 
-/** A session that waits for its client, as one server hands it over to another. */
-interface HandedSession extends SocketSession, Trail {
-  /** The server that lost the client, whose offsets the client knows, and its position then. */
-  readonly owner: string;
+/** A session that waits for its client. */
+interface Session extends SocketSession, Trail {
+  /** The owner's position when the client was lost. */
   readonly lostAt: number;
-  /** The position of the latest packet for it that its owner no longer had. */
+  /** The position of the latest packet for it that its former servers no longer had. */
   readonly gone: number;
-  /** For how many ms it waits yet. */
-  readonly ms: number;
-}
-/** Sessions and packets of one group have the same history. */
-type InGroup = { readonly group: number };
-/** A session that is on its way: from another server, or to its client. */
-interface ComingSession {
-  readonly pid: string;
-  readonly rooms: Room[];
-}
-interface Session extends Omit<HandedSession, "ms"> {
   /** Until when it waits (ms, monotonic). */
   readonly until: number;
-  /** Where it was handed over: what came with it. */
-  readonly legacy?: Legacy;
+  /** What was delivered, here and by its former servers. */
+  readonly history: History;
+}
+/** The same as one server hands it over to another: it waits for so many ms yet. */
+type HandedSession = Omit<Session, "until" | "history"> & { readonly ms: number };
+/** One that is on its way from the server that has it. `isMoving`: that server waits for it too, and is asked again. */
+type ComingSession = Pick<Session, "pid" | "rooms"> & { readonly isMoving?: true };
+/** Sessions and packets of one group have the same history. */
+type InGroup = { readonly group: number };
+
+/** What was delivered, in positions of the owner of sessions. Those that were lost here share one, and those that came together. */
+interface History {
+  /** What was delivered behind a position for any of these rooms, or for everyone. */
+  after(position: number, rooms: ReadonlySet<Room>): Delivered[];
+  /** The position of the latest packet for these rooms that is no longer there. */
+  gone(rooms: readonly Room[]): number;
 }
 
-/** What sessions share that were handed over together. */
-interface Legacy {
-  /** What their former servers have delivered: with positions of the owner, or behind all of these. */
-  readonly delivered: readonly Delivered[];
-  /** Behind this position of this server's log stands what was delivered since. */
-  readonly begin: number;
-  /** Whether a packet that stands there is not among those that were handed over. */
-  isLater(packet: Delivered): boolean;
-}
+/** Binds or unbinds rooms as they are wanted; resolves when all that are wanted are live. */
+type Follow = (rooms: Iterable<Room>) => Promise<void> | void;
 
 /** For how many ms a connection may have been dead before its client is known to be lost: Socket.IO's default is 45 s. */
 const UNNOTICED = 60_000;
@@ -948,7 +946,7 @@ const UNNOTICED = 60_000;
 const LAST = Number.MAX_SAFE_INTEGER;
 
 /** What a server has delivered in a namespace, as frames: those of peers as they came, with their position for a floor. */
-class DeliveryLog {
+class DeliveryLog implements History {
   /** How many packets there were. */
   position = 0;
   readonly #maxBytes: number;
@@ -995,34 +993,27 @@ class DeliveryLog {
     return this.position;
   }
 
-  /** A position that was reached before a time (ms, monotonic). */
-  positionBefore(time: number): number {
-    this.#flush();
-    return this.#baseOf(this.#frames.firstSince(time) - 1);
-  }
-
-  /** The position of the latest packet for these rooms that is no longer there. */
   gone(rooms: readonly Room[]): number {
     return rooms.reduce((latest: number, room) => Math.max(latest, this.#gone.get(room) ?? 0), this.#goneForAll);
   }
 
-  /** What was delivered behind a position for any of these rooms, or for everyone. */
   after(position: number, rooms: ReadonlySet<Room>): Delivered[] {
     this.#flush();
     const frames = this.#frames;
     let number = frames.next - 1;
-    while (number >= frames.first && this.#baseOf(number) > position) number--;
+    while (number > frames.first && this.#read(number).floor > position) number--;
     const found: Delivered[] = [];
     for (number = Math.max(number, frames.first); number < frames.next; number++) {
-      const frame = readFrame(frames.get(number)!);
+      const frame = this.#read(number);
+      const { sender, floor } = frame;
       for (const section of readSections(frame).sections) {
-        const to = roomsOf(section);
-        if (!to || (to.rooms.length > 0 && !to.rooms.some((room) => rooms.has(room)))) continue;
+        const to = recipientsOf(section);
+        if (!to || !isForSome(rooms, to)) continue;
         for (const [i, packet] of section.packets().entries()) {
-          const at = frame.floor + section.first + i + 1;
-          const parts = packet.map((part) => (typeof part === "string" ? part : Buffer.from(part))); // the log's memory is used again
-          const { sender, number } = frame;
-          if (at > position) found.push({ position: at, ...to, parts, sender, number });
+          const at = floor + section.first + i + 1;
+          if (at <= position) continue;
+          const parts = packet.map(partOf); // copies binaries: the log's memory is used again
+          found.push({ position: at, ...to, parts, sender, number: frame.number });
         }
       }
     }
@@ -1050,84 +1041,79 @@ class DeliveryLog {
   }
 
   #forget(): void {
-    const frame = readFrame(this.#frames.get(this.#frames.first)!);
+    const frame = this.#read(this.#frames.first);
     const { sections } = readSections(frame);
     for (const [i, section] of sections.entries()) {
       const position = frame.floor + (sections[i + 1]?.first ?? frame.packets);
-      const to = roomsOf(section);
+      const to = recipientsOf(section);
       if (to?.rooms.length === 0) this.#goneForAll = position;
       for (const room of to?.rooms ?? []) this.#gone.set(room, position);
     }
     this.#frames.forget();
   }
 
-  #baseOf(number: number): number {
-    return this.#frames.get(number)?.readUIntLE(FLOOR, 6) ?? 0;
+  #read(number: number): Frame {
+    return readFrame(this.#frames.get(number)!);
   }
 }
 
-/** Who the packets of a section are for; undefined for messages between servers, and where that cannot be read. */
-function roomsOf(section: Section): Pick<Delivered, "rooms" | "except"> | undefined {
-  if (section.kind >= SectionKind.Messages) return undefined;
+/** Who the packets of a section are for; undefined where that cannot be read, which was reported when they were delivered. */
+function recipientsOf(section: Section): Pick<Delivered, "rooms" | "except"> | undefined {
   try {
     const target = targetOf(section);
     if (typeof target === "string") return { rooms: [target], except: [] };
     return { rooms: [...target.rooms], except: [...(target.except ?? [])] };
-  } catch (error) {
-    debug("log: %s", asError(error).message); // reported when it was delivered
+  } catch {
     return undefined;
   }
 }
 
-/** Whether a packet was for a socket in these rooms. */
-const isFor = (rooms: readonly Room[], packet: Delivered): boolean =>
-  (packet.rooms.length === 0 || packet.rooms.some((room) => rooms.includes(room))) &&
-  !packet.except.some((room) => rooms.includes(room));
+/** Whether packets are for some of these rooms. */
+const isForSome = (rooms: ReadonlySet<Room>, to: Pick<Delivered, "rooms">): boolean =>
+  to.rooms.length === 0 || to.rooms.some((room) => rooms.has(room));
 
 /** The sessions of a namespace that wait on this server, and what their clients have missed. No I/O. */
 class Sessions {
   readonly log: DeliveryLog;
   /** Rooms that stay bound though nobody may be in them, and for how many sessions. */
   readonly pinned: Map<Room, number> = new Map();
+  readonly follow: Follow;
   readonly #uid: string;
   readonly #maxMs: number;
-  readonly #unpinned: (rooms: Room[]) => void;
+  /** By private id: those that wait here, or are on their way. */
   readonly #kept = new Map<string, Session | ComingSession>();
   /** Sessions whose clients are about to be connected, and what these have presented. */
-  readonly #arriving = new Map<SocketId, ComingSession & { readonly session: Session; readonly offset: string }>();
-  readonly #trails = new Map<SocketId, Trail>();
+  readonly #arriving = new Map<SocketId, { readonly session: Session; readonly offset: string }>();
+  /** By private id: of clients that are connected. */
+  readonly #trails = new Map<string, Trail>();
 
-  /** `unpinned`: rooms need not stay bound for sessions any more. */
-  constructor(uid: string, maxBytes: number, maxMs: number, unpinned: (rooms: Room[]) => void) {
+  constructor(uid: string, maxBytes: number, maxMs: number, follow: Follow) {
     this.#uid = uid;
     this.#maxMs = maxMs;
-    this.#unpinned = unpinned;
+    this.follow = follow;
     this.log = new DeliveryLog(maxBytes);
   }
 
-  get(pid: string): Session | undefined {
-    const session = this.#kept.get(pid);
-    return session && isWaiting(session) && session.until > performance.now() ? session : undefined;
+  /** How many there are, with those that are on their way. */
+  get size(): number {
+    return this.#kept.size;
   }
 
-  /** A session whose client presents an offset; undefined where that is not known, or what was missed behind it no longer. */
-  find(pid: string, offset: string): Session | undefined {
-    const session = this.get(pid);
-    return session && this.#since(session, offset) !== undefined ? session : undefined;
+  get waiting(): Session[] {
+    return [...this.#kept.values()].filter(this.#isWaiting);
   }
 
   /** Whether a session is on its way here, or from here to its client. */
   isComing(pid: string): boolean {
     const session = this.#kept.get(pid);
-    return session !== undefined && !isWaiting(session);
+    return session !== undefined && !this.#isWaiting(session);
   }
 
-  get areComing(): boolean {
-    return this.#kept.values().some((session) => !isWaiting(session));
-  }
-
-  get waiting(): Session[] {
-    return [...this.#kept.values()].filter(isWaiting);
+  /** A session that waits. With an offset only if that is known, and what was missed behind it. */
+  find(pid: string, offset?: string): Session | undefined {
+    const session = this.#kept.get(pid);
+    if (!session || !this.#isWaiting(session) || session.until <= performance.now()) return undefined;
+    return offset === undefined || missedSince(session, offset) !== undefined ? session : undefined;
   }
 
   /** From here on the rooms of a session stay bound. */
@@ -1145,183 +1131,130 @@ class Sessions {
     this.#unpin(session.rooms);
   }
 
-  /** Notes that a packet is written to sockets; gives its offset. */
-  wrote(sockets: readonly Pick<Socket, "id">[], position: number): string {
-    for (const { id } of sockets) {
-      const trail = this.#trails.get(id);
-      if (trail) trail.last = position;
-    }
-    return `${this.#uid}.${position}`;
-  }
-
   /** Whether packets for a room or options are kept though there is no socket for them. */
   awaits(target: Target): boolean {
     if (typeof target === "string") return this.pinned.has(target);
     return this.pinned.size > 0 && (target.rooms.size === 0 || [...target.rooms].some((room) => this.pinned.has(room)));
   }
 
-  /** The client of a session that was found is about to be connected. */
-  arrive(session: Session, offset: string): void {
-    const { sid, pid, rooms } = session;
-    const arrival = { pid, rooms, session, offset };
-    this.#arriving.set(sid, arrival);
-    this.keep(arrival);
+  /** Notes that a packet is written to sockets; gives its offset. */
+  wrote(sockets: readonly Pick<Socket, "pid">[], position: number): string {
+    for (const { pid = "" } of sockets) {
+      const trail = this.#trails.get(pid);
+      if (trail) trail.last = position;
+    }
+    return `${this.#uid}.${position}`;
   }
 
-  /** A socket is connected: gives what its client has missed, or undefined where that is not known any more. */
-  connected(sid: SocketId, routeTo: (room: Room) => Destination): Pick<Delivered, "parts" | "position">[] | undefined {
+  /** The trail of a connected client that may present an offset. */
+  trailOf(pid: string, offset: string): Trail | undefined {
+    const trail = this.#trails.get(pid);
+    return trail && positionOf(offset, trail) !== undefined ? trail : undefined;
+  }
+
+  /** The client of a session that was found is about to be connected. */
+  arrive(session: Session, offset: string): void {
+    this.#arriving.set(session.sid, { session, offset });
+  }
+
+  /**
+   * A socket is connected: gives what its client has missed, with positions where it stands in this server's log; undefined
+   * where that is not known any more.
+   */
+  connected({ id: sid, pid = "" }: Socket): { parts: readonly Part[]; position?: number }[] | undefined {
     const { position } = this.log;
     const arrival = this.#arriving.get(sid);
     if (!arrival) {
-      this.#trails.set(sid, { base: position, last: position });
+      this.#trails.set(pid, { sid, owner: this.#uid, base: position, last: position });
       return [];
     }
     const { session, offset } = arrival;
     this.#arriving.delete(sid);
-    this.drop(arrival);
-    const since = this.#since(session, offset);
+    this.drop(session);
+    const since = missedSince(session, offset);
     if (since === undefined) return undefined;
-    const missed = this.#delivered([session], since).filter((packet) => isFor(session.rooms, packet));
-    const base = session.legacy ? position : since;
-    this.#trails.set(sid, { base, last: base, presented: { offset, position: base } });
-    if (!session.legacy) return missed;
-    const [to, origin] = [routeTo(sid), { sender: this.#uid, number: 0 }];
-    return missed.map(({ parts }) => ({ parts, position: this.log.add(to, parts, origin) }));
+    const isOwn = session.history === this.log;
+    const base = isOwn ? since : position;
+    this.#trails.set(pid, { sid, owner: this.#uid, base, last: base, presented: offset });
+    const rooms = new Set(session.rooms);
+    const missed = session.history.after(since, rooms).filter(({ except }) => !except.some((room) => rooms.has(room)));
+    return missed.map(({ parts, position }) => (isOwn ? { parts, position } : { parts }));
   }
 
   /** A socket has gone. One that was never connected leaves its session as it found it. */
-  left(sid: SocketId): void {
+  left(sid: SocketId, pid = ""): void {
     const arrival = this.#arriving.get(sid);
-    if (arrival) this.keep(arrival.session);
     this.#arriving.delete(sid);
-    this.#trails.delete(sid);
-  }
-
-  /** Whether the client of a connected socket may present an offset, and whether it has presented it before. */
-  knows(sid: SocketId, offset: string): "old" | "new" | undefined {
-    const trail = this.#trails.get(sid);
-    if (!trail || positionOf(offset, { owner: this.#uid, ...trail }) === undefined) return undefined;
-    return offset === trail.presented?.offset ? "old" : "new";
+    if (arrival) this.keep(arrival.session);
+    this.#trails.delete(pid);
   }
 
   /** A client is lost. */
   persist(session: SocketSession): void {
-    const trail = this.#trails.get(session.sid);
-    const own = { owner: this.#uid, lostAt: this.log.position, gone: 0, until: performance.now() + this.#maxMs };
-    if (trail) this.keep({ ...session, ...trail, ...own });
+    const trail = this.#trails.get(session.pid);
+    const lost = { lostAt: this.log.position, gone: 0, until: performance.now() + this.#maxMs, history: this.log };
+    if (trail) this.keep({ ...session, ...trail, ...lost });
   }
 
   /** Gives sessions away, with what their clients have missed behind an offset, or behind whatever they may present. */
   giveAway(pids: readonly string[], offset: string | undefined): (InGroup & (HandedSession | Delivered))[] {
-    const sessions = pids.flatMap((pid) => this.get(pid) ?? []);
-    // Positions compare where the history is the same: of all that were lost here, and of all that came here together.
-    const groups = [...Map.groupBy(sessions, ({ legacy }) => legacy).values()];
-    return groups.flatMap((sessions, group) => this.#give(sessions, offset).map((item) => ({ ...item, group })));
-  }
-
-  #give(sessions: readonly Session[], offset: string | undefined): (HandedSession | Delivered)[] {
     const now = performance.now();
-    const lostAt = sessions.reduce((first, { until }) => Math.min(first, until - this.#maxMs), now);
-    // What was written before that has come: a connection that had been dead for so long would have been closed.
-    const heard = offset === undefined && !sessions[0]?.legacy ? this.log.positionBefore(lostAt - UNNOTICED) : 0;
-    let since = LAST;
-    const handed = sessions.flatMap((session) => {
-      const { legacy: _, until, ...rest } = session;
-      const gone = this.#goneFor(session);
-      const base = Math.min(Math.max(session.base, heard), session.last);
-      const presented = base > session.base ? undefined : session.presented;
-      const position = offset === undefined ? behind(session, base) : this.#since(session, offset);
-      this.drop(session);
-      if (position === undefined || gone === LAST) return [];
-      since = Math.min(since, position);
-      return [{ ...rest, base, presented, gone, ms: until - now }];
+    const given = pids.flatMap((pid) => this.find(pid, offset) ?? []);
+    for (const session of given) this.drop(session);
+    return [...Map.groupBy(given, ({ history }) => history)].flatMap(([history, sessions], group) => {
+      const begins = sessions.map((session) => (offset === undefined ? session.base : missedSince(session, offset)));
+      const since = begins.reduce((first: number, begin = LAST) => Math.min(first, begin), LAST);
+      const handed = sessions.map((session) => {
+        const { history: _, until, ...rest } = session;
+        return { ...rest, gone: Math.max(since, goneFor(session)), ms: until - now, group };
+      });
+      const missed = history.after(since, new Set(sessions.flatMap(({ rooms }) => rooms)));
+      return [...handed, ...missed.map((packet) => ({ ...packet, group }))];
     });
-    return [...handed, ...this.#delivered(sessions, since)];
   }
 
-  /** Sessions that another server has released wait here from now on. */
-  inherit(sessions: readonly HandedSession[], legacy: Legacy): void {
-    for (const { ms, ...session } of sessions) this.keep({ ...session, until: performance.now() + ms, legacy });
-  }
-
-  /** Forgets sessions whose time is over, and what nobody can have missed any more. */
-  expire(isUsed: (room: Room) => boolean): void {
+  /** Forgets sessions whose time is over, and what nobody can have missed any more. `rooms` are those that sockets are in. */
+  expire(rooms: ReadonlyMap<Room, unknown>): void {
     const now = performance.now();
-    this.log.expire(now - this.#maxMs - UNNOTICED, (room) => isUsed(room) || this.pinned.has(room));
-    for (const session of this.#kept.values()) if (isWaiting(session) && session.until < now) this.drop(session);
+    for (const session of this.waiting) if (session.until < now) this.drop(session);
+    const sessions = this.#kept.values().filter((session) => "until" in session);
+    const lostAt = sessions.reduce((first, { until }) => Math.min(first, until - this.#maxMs), now);
+    this.log.expire(lostAt - UNNOTICED, (room) => rooms.has(room) || this.pinned.has(room));
   }
 
   #unpin(rooms: readonly Room[]): void {
     for (const room of rooms) this.pinned.set(room, (this.pinned.get(room) ?? 0) - 1);
     const free = rooms.filter((room) => this.pinned.get(room) === 0);
     for (const room of free) this.pinned.delete(room);
-    if (free.length > 0) this.#unpinned(free);
+    void this.follow(free);
   }
 
-  /** What was delivered for sessions that came together, behind a position of their owner. */
-  #delivered(sessions: readonly Session[], since: number): Delivered[] {
-    const rooms = new Set(sessions.flatMap((session) => session.rooms));
-    const legacy = sessions[0]?.legacy;
-    if (!legacy) return this.log.after(since, rooms);
-    const later = this.log.after(legacy.begin, rooms).filter((packet) => legacy.isLater(packet));
-    return [
-      ...legacy.delivered.filter(({ position }) => position > since),
-      ...later.map((packet) => ({ ...packet, position: LAST })),
-    ];
-  }
-
-  /** The latest position of a session's owner of which a packet for it is not here any more. */
-  #goneFor({ rooms, gone, legacy }: Session): number {
-    const latest = this.log.gone(rooms);
-    if (!legacy) return latest;
-    return legacy.begin < latest ? LAST : gone;
-  }
-
-  /** Behind which position a client's missed packets are, by the offset that it presents; undefined where they are not known. */
-  #since(session: Session, offset: string): number | undefined {
-    const position = positionOf(offset, session);
-    const since = position === undefined ? undefined : behind(session, position);
-    return since !== undefined && since >= this.#goneFor(session) ? since : undefined;
-  }
+  readonly #isWaiting = (session: Session | ComingSession): session is Session =>
+    "until" in session && !this.#arriving.has(session.sid);
 }
-
-/** Behind which position the missed packets are of a client that has come as far as this one. */
-const behind = ({ last, lostAt }: Session, position: number): number =>
-  // A client that has the last packet which was written to it has missed only what came after its loss.
-  position === last ? lostAt : position;
-
-const isWaiting = (session: Session | ComingSession): session is Session => "until" in session;
 
 /** What an offset, an owner's name and a position, stands for that the client may have; undefined for any other. */
-function positionOf(offset: string, { owner, base, last, presented }: Trail & { owner: string }): number | undefined {
-  if (offset === presented?.offset) return presented.position;
-  const [uid, digits = ""] = offset.split(".");
-  if (uid !== owner || !/^\d{1,15}$/.test(digits)) return undefined;
-  const position = Number(digits);
-  return position >= base && position <= last ? position : undefined;
+function positionOf(offset: string, { owner, base, last, presented }: Trail): number | undefined {
+  if (offset === presented) return base;
+  const position = Number(offset.slice(owner.length + 1));
+  const isGiven = offset === `${owner}.${position}` && position >= base && position <= last;
+  return isGiven ? position : undefined;
 }
 
-type RecoveryMessage = Extract<Message, { type: "find" | "claim" | "offer" }>;
-/** Which client is lost, and what it presents where it comes back; nothing where all are meant. */
-interface LostClient {
-  readonly pid?: string;
-  readonly offset?: string;
+/** Behind which position a client's missed packets are, by the offset that it presents; undefined where they are not known. */
+function missedSince(session: Session, offset: string): number | undefined {
+  const position = positionOf(offset, session);
+  // A client that has the last packet which was written to it has missed only what came after its loss.
+  const since = position === session.last ? session.lostAt : position;
+  return since !== undefined && since >= goneFor(session) ? since : undefined;
 }
-/** A session that waits on the server that says so, or is on its way. */
-type Found = ComingSession | { readonly isMoving: true };
-/**
- * The first entry of an answer to a claim: for each peer, the number of the last frame that it covers. Without it the server is
- * not ready.
- */
-type Heard = { readonly heard: Record<string, number> };
+
+const goneFor = ({ gone, history, rooms }: Session): number => Math.max(gone, history.gone(rooms));
+
+type RecoveryMessage = Extract<Message, { type: "find" | "claim" | "offer" }>;
 
 /** How long until a server is asked again that is not ready to hand a session over, in ms. */
 const ASK_LATER = 20;
-/** How long a client that comes back is held while its server starts, in ms. */
-const START_PATIENCE = 1_000;
-
-/** Binds or unbinds rooms as they are wanted; resolves when all that are wanted are live. */
-type Follow = (rooms: Iterable<Room>) => Promise<void> | void;
 
 /** Hands sessions over to other servers, and takes them over. */
 class Handover {
@@ -1330,38 +1263,33 @@ class Handover {
   readonly #node: Node;
   readonly #nsp: string;
   readonly #sessions: Sessions;
-  readonly #follow: Follow;
 
-  constructor(node: Node, nsp: string, sessions: Sessions, follow: Follow) {
+  constructor(node: Node, nsp: string, sessions: Sessions) {
     this.#node = node;
     this.#nsp = nsp;
     this.#sessions = sessions;
-    this.#follow = follow;
   }
 
-  /** Takes a session over from the server that lost the client, or from any other; resolves with whether it is on its way. */
+  /** Takes a session over from the server that lost the client, or from any other. Resolves with whether it is on its way. */
   async fetch(pid: string, offset: string, until: number): Promise<boolean> {
     if (this.#sessions.isComing(pid)) return true;
-    const [owner] = offset.split(".");
     const opened = this.#node.opened.promise.catch(() => {});
-    await within(START_PATIENCE, opened); // until then this server knows no other
+    await within(1_000, opened); // a server that starts knows no other
+    const [owner] = offset.split(".");
     const peers = this.#peers();
     for (const asked of [peers.filter((uid) => uid === owner), peers.filter((uid) => uid !== owner)]) {
-      if (this.isClosing || this.#sessions.get(pid)) break;
-      if (await this.#takeOver(asked, { pid, offset }, until)) return true;
+      if (this.isClosing || this.#sessions.find(pid)) break;
+      if (await this.takeOver(asked, until, pid, offset)) return true;
     }
     return this.#sessions.isComing(pid);
   }
 
   /** A peer asks for the session of a client that has come to it, or for all: gives those that it may claim. */
-  onFind({ pid, offset = "" }: LostClient): Found[] {
-    if (pid !== undefined && this.#sessions.isComing(pid)) return [{ isMoving: true }];
-    const found =
-      pid === undefined
-        ? this.#sessions.waiting
-        : [this.#sessions.find(pid, offset)].filter((session) => session !== undefined);
+  onFind(pid: string | undefined, offset: string): ComingSession[] {
+    if (pid !== undefined && this.#sessions.isComing(pid)) return [{ pid, rooms: [], isMoving: true }];
+    const found = pid === undefined ? this.#sessions.waiting : [this.#sessions.find(pid, offset) ?? []].flat();
     return found.flatMap((session) => {
-      if (lengthOf(session.data) < Infinity) return [{ pid: session.pid, rooms: session.rooms }];
+      if (lengthOf(session.data) < Infinity) return { pid: session.pid, rooms: session.rooms };
       const message = `The data of socket ${session.sid} cannot be sent to another server: its client begins anew there`;
       this.#node.reports.report(new TypeError(message));
       if (this.isClosing) this.#sessions.drop(session); // the others are offered without it
@@ -1370,31 +1298,23 @@ class Handover {
   }
 
   /** A peer claims sessions: they are its own from here on, and all that is delivered later comes to it. */
-  onClaim(pids: readonly string[], offset: string | undefined): (Heard | HandedSession | Delivered)[] {
+  onClaim(pids: readonly string[], offset: string | undefined): unknown[] {
     const heard = this.#node.membership.heard();
     return heard ? [{ heard }, ...this.#sessions.giveAway(pids, offset)] : [];
   }
 
-  /** A peer closes: its sessions wait here from now on. */
-  async onOffer(from: string): Promise<void> {
-    if (!this.isClosing) await this.#takeOver([from], {}, this.#timeout());
-  }
-
-  /** Hands all sessions over to other servers, as far as that takes no longer than `requestsTimeout`. */
-  async close(): Promise<void> {
+  /** Hands all sessions over to other servers, as far as there is time. */
+  async close(until: number): Promise<void> {
     this.isClosing = true;
-    const until = this.#timeout();
     const refusing = new Set<string>();
     const offer = (id: string): Message => ({ type: "offer", id });
-    while (performance.now() < until) {
+    while (this.#sessions.size > 0 && performance.now() < until) {
       const [session] = this.#sessions.waiting;
       const peer = this.#peers().find((uid) => !refusing.has(uid));
-      if (session && peer) {
-        await this.#ask([peer], until, offer, () => {});
-        if (this.#sessions.get(session.pid) === session) refusing.add(peer);
-      } else if (session || !this.#sessions.areComing)
-        break; // there is no other server, or all close as well; or nothing is left
+      if (!peer) break; // there is no other server, or all close as well
+      if (session) await this.#ask([peer], until, offer, () => {});
       else await Bun.sleep(ASK_LATER); // some are on their way here, or to a client that is just being connected
+      if (session && this.#sessions.find(session.pid) === session) refusing.add(peer);
     }
   }
 
@@ -1406,40 +1326,34 @@ class Handover {
    * before the answer if it is in it, and what this server has emitted is in the answer if that was before the claim. Of all
    * others' frames the answer tells up to which number they are in it.
    */
-  async #takeOver(peers: string[], lost: LostClient, until: number): Promise<boolean> {
-    const { log } = this.#sessions;
-    const found: (Found & { from: string })[] = [];
-    const find = (id: string): Message => ({ type: "find", id, ...lost });
-    await this.#ask(peers, until, find, (list, from) => {
-      for (const item of list) if (isFound(item)) found.push({ ...item, from });
+  async takeOver(peers: string[], until: number, pid?: string, offset?: string): Promise<boolean> {
+    const sessions: ComingSession[] = [];
+    let from = "";
+    const find = (id: string): Message => ({ type: "find", id, pid, offset });
+    let isMoving = false;
+    await this.#ask(peers, until, find, (list, uid) => {
+      for (const session of list.filter(isComingSession)) {
+        if (session.isMoving) isMoving = true;
+        else {
+          sessions.push(session);
+          from = uid;
+        }
+      }
     });
-    const sessions = found.filter((item) => "pid" in item);
-    const [first] = sessions;
-    if (!first) return found.length > 0;
-    const { from } = first;
-    const pids = sessions.map(({ pid }) => pid);
-    const claim = (id: string): Message => ({ type: "claim", id, pids, offset: lost.offset });
+    if (sessions.length === 0) return isMoving;
+    const { log } = this.#sessions;
     const begin = log.position;
     for (const session of sessions) this.#sessions.keep(session);
-    const live = this.#follow(sessions.flatMap(({ rooms }) => rooms));
+    const live = this.#sessions.follow(sessions.flatMap(({ rooms }) => rooms));
     await within(until - performance.now(), Promise.resolve(live));
+    const pids = sessions.map(({ pid }) => pid);
+    const claim = (id: string): Message => ({ type: "claim", id, pids, offset });
     for (let isTaken = false; !isTaken && performance.now() < until && this.#peers().includes(from);) {
       const items: unknown[] = [];
       const claimedAt = log.position;
       const take: ListTaker = (list, _, isLast) => {
         items.push(...list);
-        const { heard } = items.find(isHeard) ?? {};
-        if (!isLast || !heard) return;
-        const takenAt = log.position;
-        const isLater = ({ sender, number, position }: Delivered) => {
-          if (sender === from) return position > takenAt;
-          // Own ones and those of other AMQP clients have no number.
-          return number > 0 ? number > (heard[sender] ?? 0) : position > claimedAt;
-        };
-        const delivered = Map.groupBy(items.filter(isDelivered), groupOf);
-        for (const [group, handed] of Map.groupBy(items.filter(isHandedSession), groupOf))
-          this.#sessions.inherit(handed, { delivered: delivered.get(group) ?? [], begin, isLater });
-        isTaken = true;
+        if (isLast) isTaken = this.#inherit(items, from, begin, claimedAt);
       };
       // Not while frames are held here that may be in the answer: they would come to the client once more.
       if (this.#node.membership.heard()) await this.#ask([from], until, claim, take);
@@ -1449,13 +1363,36 @@ class Handover {
     return false;
   }
 
+  /** Takes the answer to a claim; false if that server is not ready. `begin` is the log's position before the rooms were bound. */
+  #inherit(items: readonly unknown[], from: string, begin: number, claimedAt: number): boolean {
+    const { heard } = items.find(isHeard) ?? {};
+    if (!heard) return false;
+    const { log } = this.#sessions;
+    // That server's own packets, up to the answer.
+    const covered = { ...heard, [from]: this.#node.membership.peers.get(from)?.stream.highest };
+    const isLater = ({ sender, number, position }: Delivered) =>
+      // Own ones and those of other AMQP clients have no number.
+      number > 0 ? number > (covered[sender] ?? 0) : position > claimedAt;
+    const now = performance.now();
+    const delivered = Map.groupBy(items.filter(isDelivered), ({ group }) => group);
+    for (const [group, sessions] of Map.groupBy(items.filter(isHandedSession), ({ group }) => group)) {
+      const came = delivered.get(group) ?? [];
+      const history: History = {
+        after(since, rooms) {
+          const later = log.after(begin, rooms).filter(isLater);
+          const earlier = came.filter((packet) => packet.position > since && isForSome(rooms, packet));
+          return [...earlier, ...later.map((packet) => ({ ...packet, position: LAST }))];
+        },
+        gone: (rooms) => (log.gone(rooms) > begin ? LAST : 0),
+      };
+      for (const { ms, ...session } of sessions) this.#sessions.keep({ ...session, until: now + ms, history });
+    }
+    return true;
+  }
+
   /** The other servers that have the namespace open; none while the broker is away. */
   #peers(): string[] {
     return this.#node.upSince === undefined ? [] : this.#node.membership.serversOf(this.#nsp);
-  }
-
-  #timeout(): number {
-    return performance.now() + this.#node.settings.requestsTimeout;
   }
 
   /** Asks servers, each of which answers with a list, in parts. */
@@ -1474,8 +1411,6 @@ class Recovery {
   readonly #routes: Routes;
   /** Whether an offset can be pasted into the text of an encoded packet: not with another parser than the default one. */
   readonly #pastes: boolean;
-  /** The sockets that are connected, by their private id. */
-  readonly #sockets = new Map<string, Socket>();
   readonly #sweep: Timeout;
 
   constructor(node: Node, nsp: OpenNamespace, maxMs: number, rooms: ReadonlyMap<Room, unknown>, follow: Follow) {
@@ -1483,47 +1418,40 @@ class Recovery {
     this.#nsp = nsp;
     this.#routes = node.routes(nsp.name);
     this.#pastes = nsp.server.encoder.encode({ type: EVENT, nsp: "/", data: ["name"] }).join() === '2["name"]';
-    this.sessions = new Sessions(node.uid, node.settings.recoveryBytes, maxMs, (rooms) => void follow(rooms));
-    this.#handover = new Handover(node, nsp.name, this.sessions, follow);
-    this.#sweep = setInterval(() => this.sessions.expire((room) => rooms.has(room)), 1_000);
+    this.sessions = new Sessions(node.uid, node.settings.recoveryBytes, maxMs, follow);
+    this.#handover = new Handover(node, nsp.name, this.sessions);
+    this.#sweep = setInterval(() => this.sessions.expire(rooms), 1_000);
     this.#sweep.unref();
     nsp.prependListener("connect", this.#onConnect);
   }
 
   /** The session of a client that comes back. Rejects where none waits, or what was missed is not known any more. */
   async restore(pid: string, offset: string): Promise<Restored> {
-    const until = performance.now() + this.#node.settings.requestsTimeout;
+    const until = this.#until;
     let isComing: boolean;
     do {
       await this.#closeOld(pid, offset);
-      isComing = !this.sessions.find(pid, offset) && (await this.#handover.fetch(pid, offset, until));
-      const session = this.sessions.find(pid, offset);
-      if (session && !this.#handover.isClosing) {
-        this.sessions.arrive(session, offset);
-        return { sid: session.sid, pid, rooms: session.rooms, data: session.data, missedPackets: [] };
-      }
+      isComing = !this.sessions.find(pid) && (await this.#handover.fetch(pid, offset, until));
       if (isComing) await Bun.sleep(ASK_LATER);
     } while (isComing && performance.now() < until);
+    const session = this.sessions.find(pid, offset);
     // A server that closes keeps the client waiting: when its connection ends, it finds its session on another one.
     if (this.#handover.isClosing) return new Promise(() => {});
-    throw new Error("No such session waits here or elsewhere");
-  }
-
-  /** A socket has gone. */
-  left(sid: SocketId): void {
-    this.#sockets.delete(this.#nsp.sockets.get(sid)?.pid ?? "");
-    this.sessions.left(sid);
+    if (!session) throw new Error("No such session waits here or elsewhere");
+    this.sessions.arrive(session, offset);
+    return { ...session, missedPackets: [] };
   }
 
   async onMessage(message: RecoveryMessage, from: string, answer: (list: unknown[]) => void): Promise<void> {
     let list: unknown[] = [];
     try {
       if (message.type === "find") {
-        await this.#closeOld(message.pid ?? "", message.offset ?? "");
-        list = this.#handover.onFind(message);
+        const { pid, offset = "" } = message;
+        await this.#closeOld(pid ?? "", offset);
+        list = this.#handover.onFind(pid, offset);
         // Answered at once: what is emitted from here on is behind the answer.
       } else if (message.type === "claim") list = this.#handover.onClaim(message.pids, message.offset);
-      else await this.#handover.onOffer(from);
+      else if (!this.#handover.isClosing) await this.#handover.takeOver([from], this.#until);
     } catch (error) {
       this.#node.reports.report(asError(error));
     }
@@ -1544,13 +1472,9 @@ class Recovery {
     });
   }
 
-  /** Never rejects: the adapter closes, whatever becomes of its sessions. */
+  /** Hands the sessions over. Never rejects: the adapter closes, whatever becomes of them. */
   async close(): Promise<void> {
-    try {
-      await this.#handover.close();
-    } catch (error) {
-      this.#node.reports.report(asError(error));
-    }
+    await this.#handover.close(this.#until).catch((error) => this.#node.reports.report(asError(error)));
     clearInterval(this.#sweep);
     this.#nsp.off("connect", this.#onConnect);
   }
@@ -1560,10 +1484,11 @@ class Recovery {
    * loses its connection between the two keeps it, and gets it twice.
    */
   readonly #onConnect = (socket: Socket): void => {
-    if (socket.pid !== undefined) this.#sockets.set(socket.pid, socket);
-    const missed = this.sessions.connected(socket.id, (room) => this.#routeTo(room));
+    const { log } = this.sessions;
+    const own = { sender: this.#node.uid, number: 0 };
+    const missed = this.sessions.connected(socket);
     if (!missed) return socket.client.conn.close(); // middlewares took too long: it begins anew
-    for (const { parts, position } of missed) {
+    for (const { parts, position = log.add(this.#routeTo(socket.id), parts, own) } of missed) {
       const stamped = this.#stamp(parts, this.sessions.wrote([socket], position));
       socket.client.writeToEngine(stamped, { preEncoded: true });
     }
@@ -1571,14 +1496,19 @@ class Recovery {
     if (this.#handover.isClosing) queueMicrotask(() => socket._onclose("server shutting down"));
   };
 
+  /** Until when a session that is asked for now may be on its way (ms, monotonic). */
+  get #until(): number {
+    return performance.now() + this.#node.settings.requestsTimeout;
+  }
+
   /**
    * A client that comes back before its loss was noticed still has a connection here, which is closed. One that has presented
    * this offset before may as well be there, and somebody else presents it again: then it answers a ping.
    */
   async #closeOld(pid: string, offset: string): Promise<void> {
-    const socket = this.#sockets.get(pid);
-    const known = socket && this.sessions.knows(socket.id, offset);
-    if (!known || (known === "old" && (await answersPing(socket.client.conn)))) return;
+    const trail = this.sessions.trailOf(pid, offset);
+    const socket = trail && this.#nsp.sockets.get(trail.sid);
+    if (!socket || (offset === trail.presented && (await answersPing(socket.client.conn)))) return;
     socket._onclose("transport close");
     socket.client.conn.close();
   }
@@ -1596,22 +1526,20 @@ class Recovery {
 }
 
 /** Whether the client of a connection answers a ping within 300 ms. */
-function answersPing(conn: Connected): Promise<boolean> {
+async function answersPing(conn: Connected): Promise<boolean> {
   const { promise, resolve } = Promise.withResolvers<boolean>();
-  const timer = setTimeout(() => resolve(false), 300);
   conn.once("heartbeat", () => resolve(true));
   conn.once("close", () => resolve(false));
   conn.sendPacket("ping");
-  return promise.finally(() => clearTimeout(timer));
+  return (await within(300, promise)) === true;
 }
 
-const isFound = (item: unknown): item is Found =>
-  isLike(item, { isMoving: true }) || isLike(item, { pid: "", rooms: [] });
-const groupOf = ({ group }: InGroup): number => group;
+const isComingSession = (item: unknown): item is ComingSession => isLike(item, { pid: "", rooms: [] });
 const isHandedSession = (item: unknown): item is HandedSession & InGroup =>
   isLike(item, { sid: "", pid: "", owner: "", rooms: [] });
 const isDelivered = (item: unknown): item is Delivered & InGroup => isLike(item, { rooms: [], except: [], parts: [] });
-const isHeard = (item: unknown): item is Heard => isLike(item, { heard: {} });
+/** An answer to a claim begins with, for each peer, the number of the last frame that it covers; if the server is ready. */
+const isHeard = (item: unknown): item is { heard: Record<string, number> } => isLike(item, { heard: {} });
 
 // ── The emitter ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -4122,7 +4050,7 @@ type Message =
   | { type: "emit"; id?: string | undefined; args: unknown[] }
   | { type: "fetch"; id: string; opts: WireOptions }
   /** Of sessions: asks for one, or for all; takes them over; offers its own. */
-  | ({ type: "find"; id: string } & LostClient)
+  | { type: "find"; id: string; pid?: string | undefined; offset?: string | undefined }
   | { type: "claim"; id: string; pids: string[]; offset?: string | undefined }
   | { type: "offer"; id: string }
   /** The event is encoded by the sender's parser. */
