@@ -38,7 +38,7 @@ import { debuglog } from "node:util";
 import type { Channel, ChannelModel, ConsumeMessage, Options, RecoveringChannelModel } from "amqplib";
 import { Adapter, type BroadcastFlags, type BroadcastOptions, type Room, type SocketId } from "socket.io-adapter";
 
-/** Set `NODE_DEBUG=socket.io-amqp0` to see what the adapter does. */
+/** Set `NODE_DEBUG=socket.io-amqp0` to see each error, also those that are handled or reported only once. */
 const debug = debuglog("socket.io-amqp0");
 
 // ── What you call ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -69,7 +69,7 @@ interface NodeOptions {
    * Opens a connection, as `() => connect("amqp://localhost")`. Each call must return a new one, which the adapter closes.
    * A Socket.IO server needs two, one that consumes and one that publishes, for RabbitMQ blocks publishers when it runs low on
    * memory or disk. After a loss it is called again after 100 ms, doubled each time up to 1 s, or up to 10 s where the broker
-   * refuses, less up to a half. With a `heartbeat` of 5 s (`amqp://localhost?heartbeat=5`) a dead link is noticed after 10 s.
+   * refuses, less up to a half. With a `heartbeat` of 5 s (`amqp://localhost?heartbeat=5`) a dead link is noticed within 15 s.
    */
   amqpConnection: () => AmqpConnection | Promise<AmqpConnection>;
   /**
