@@ -70,6 +70,7 @@ interface NodeOptions {
    * A Socket.IO server needs two, one that consumes and one that publishes, for RabbitMQ blocks publishers when it runs low on
    * memory or disk. After a loss it is called again after 100 ms, doubled each time up to 1 s, or up to 10 s where the broker
    * refuses, less up to a half. With a `heartbeat` of 5 s (`amqp://localhost?heartbeat=5`) a dead link is noticed within 15 s.
+   * Without one RabbitMQ's 60 s apply, and it takes up to 180 s: longer than the default `journal.ms`, so packets are lost.
    */
   amqpConnection: () => AmqpConnection | Promise<AmqpConnection>;
   /**
