@@ -16,7 +16,7 @@
  *   frame        an AMQP message with the sections of one namespace; numbered by its sender, unless it is volatile
  *   floor        every number up to it is confirmed by the broker
  *   predecessor  an unconfirmed frame before a frame, which names it
- *   log          the frames that were published lately, to be sent again
+ *   log          frames that are kept: a publisher's, to be sent again (users say journal), or a namespace's, for lost clients
  *   stream       what has come of one peer; its cursor: every number up to it has come, was for others, or is lost
  *   catch-up     a stream that may have missed frames holds those that come until the peer has sent the others again
  *   session      a lost client's rooms and data, which wait for it; a position: how many packets a server had delivered
@@ -27,7 +27,7 @@
  * The life of a packet:
  *   1. `broadcast()` encodes it once and writes it to the local sockets; `Routes` names its destination.
  *   2. It waits in the `Batcher`, until the end of the turn or longer, where the broker is slower than the emits.
- *   3. `Publisher` makes a frame of what waits, numbers it, keeps it in the `SentLog` and publishes it.
+ *   3. `Publisher` makes a frame of what waits, numbers it, keeps it in its `FrameLog` and publishes it.
  *   4. The broker routes it by its keys to the queues of the servers that hold the rooms; its confirm moves the floor.
  *   5. The peer's `PeerStream` puts it in order with what came before, or holds it while something is missing.
  *   6. `readSections` takes it apart, and `LocalAdapter` writes each packet to the sockets of its rooms, as it is.
@@ -349,8 +349,7 @@ export interface Parser {
 }
 type Encoder = InstanceType<Parser["Encoder"]>;
 type Decoder = Pick<NodeJS.EventEmitter, "on"> & { add(part: unknown): void; destroy(): void };
-/** A connection of Engine.IO. */
-interface Connected extends Pick<NodeJS.EventEmitter, "once"> {
+interface EngineConnection extends Pick<NodeJS.EventEmitter, "once"> {
   readonly transport: { readonly writable: boolean };
   close(): void;
   sendPacket(type: "ping"): void;
@@ -361,7 +360,7 @@ interface Socket {
   readonly handshake: { readonly sessionStore?: unknown };
   readonly data: unknown;
   readonly acks: Map<number, unknown>;
-  readonly client: { writeToEngine(parts: unknown[], flags: object): void; readonly conn: Connected };
+  readonly client: { writeToEngine(parts: unknown[], flags: object): void; readonly conn: EngineConnection };
   /** The private id of its session, with connection state recovery. */
   readonly pid?: string;
   _onclose(reason: string): void;
@@ -494,7 +493,7 @@ class BoundAdapter extends Adapter {
 /** The local side of a namespace: its sockets, what is written to them, and what peers ask of them. */
 class LocalAdapter extends BoundAdapter {
   /** Clients that took packets when this turn of the event loop began, as far as that was asked. */
-  readonly #writable = new Set<Connected>();
+  readonly #writable = new Set<EngineConnection>();
 
   /** @internal Packets of a peer, handed to the local sockets as they are. */
   onPackets(section: Section, origin: Frame): void {
@@ -518,7 +517,7 @@ class LocalAdapter extends BoundAdapter {
     const { volatile, compress } = (typeof target === "string" ? undefined : target.flags) ?? {};
     const isRemote = origin.sender !== this.node.uid;
     const options = { preEncoded: true, volatile: volatile && !isRemote, compress };
-    for (const parts of this.recovery ? this.recovery.written(delivery) : packets()) {
+    for (const parts of this.recovery ? this.recovery.stamped(delivery) : packets()) {
       let packet = decoded;
       for (const socket of sockets) {
         if (socket.listenersAnyOutgoing?.().length) {
@@ -538,7 +537,7 @@ class LocalAdapter extends BoundAdapter {
   }
 
   /** A peer's packets of several turns come in one: of those that are volatile Socket.IO would drop all but the first. */
-  #takesVolatile(conn: Connected): boolean {
+  #takesVolatile(conn: EngineConnection): boolean {
     if (this.#writable.has(conn)) return true;
     if (!conn.transport.writable) return false;
     if (this.#writable.size === 0) queueMicrotask(() => this.#writable.clear());
@@ -831,7 +830,7 @@ function decode({ server }: OpenNamespace, parts: readonly unknown[]): Packet {
 
 type ListTaker = (list: unknown[], from: string, isLast: boolean) => void;
 /** For a question that each peer answers with a list, in parts. */
-const takingLists = (take: ListTaker): Pick<Request, "take"> => ({
+const takingLists = (take: ListTaker): Answers => ({
   take: (message, from) => {
     if (message.type !== "items") return false;
     take(message.items, from, !message.more);
@@ -888,16 +887,13 @@ interface SocketSession {
 type Restored = SocketSession & { missedPackets: unknown[][] };
 
 /** A packet that was delivered in a namespace, and to whom. */
-interface Delivered {
+interface Delivered extends Origin {
   /** How many packets its server had delivered with it. */
   readonly position: number;
   /** Everyone, if there are no rooms. */
   readonly rooms: readonly Room[];
   readonly except: readonly Room[];
   readonly parts: readonly Part[];
-  /** The frame that brought it: its sender, and its number. */
-  readonly sender: string;
-  readonly number: number;
 }
 
 /** How far a client has come, in positions of the server that it is or was connected to. */
@@ -951,7 +947,7 @@ class DeliveryLog implements History {
   /** How many packets there were. */
   position = 0;
   readonly #maxBytes: number;
-  readonly #frames: SentLog;
+  readonly #frames: FrameLog;
   /** The peer's frame that came last, and the position before it. */
   #noted: Frame | undefined;
   #base = 0;
@@ -965,7 +961,7 @@ class DeliveryLog implements History {
 
   constructor(maxBytes: number) {
     this.#maxBytes = maxBytes;
-    this.#frames = new SentLog(maxBytes);
+    this.#frames = new FrameLog(maxBytes);
   }
 
   /** Keeps a peer's frame; gives the position before its first packet. */
@@ -1459,8 +1455,8 @@ class Recovery {
     answer(list);
   }
 
-  /** The packets of a delivery, each with an offset, by which the client says how far it has come. */
-  written({ sockets, target, origin, first = 0, packets, decoded }: Delivery): unknown[][] {
+  /** The packets of a delivery, each with an offset, by which the client says how far it has come. Keeps them. */
+  stamped({ sockets, target, origin, first = 0, packets, decoded }: Delivery): unknown[][] {
     if (decoded?.id !== undefined) return packets();
     const { log } = this.sessions;
     const frame = "body" in origin ? origin : undefined;
@@ -1527,7 +1523,7 @@ class Recovery {
 }
 
 /** Whether the client of a connection answers a ping within 300 ms. */
-async function answersPing(conn: Connected): Promise<boolean> {
+async function answersPing(conn: EngineConnection): Promise<boolean> {
   const { promise, resolve } = Promise.withResolvers<boolean>();
   conn.once("heartbeat", () => resolve(true));
   conn.once("close", () => resolve(false));
@@ -1676,7 +1672,7 @@ interface Tenant {
   readonly roomsByKey: ReadonlyMap<string, readonly Room[]>;
   /** Settled when the namespace is bound and the other servers are known, or closed. */
   readonly opened: PromiseWithResolvers<void>;
-  /** Packets of a peer: what for, and encoded by the peer. */
+  /** Packets of a peer, encoded by it. */
   onPackets(section: Section, frame: Frame): void;
   onMessage(message: Message, origin: Origin): void;
   /** Emits an `error`; false where nobody listens. */
@@ -1699,7 +1695,7 @@ abstract class Context {
   readonly reports: Reports = new Reports(this);
   /** The namespaces of this server, by name; an emitter has none. */
   readonly tenants: Map<string, Tenant> = new Map();
-  /** Connected, bound, announced and acquainted with the peers for the first time. */
+  /** EngineConnection, bound, announced and acquainted with the peers for the first time. */
   readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
   abstract readonly sender: Sender;
   abstract readonly receiver: Receiver;
@@ -1752,7 +1748,7 @@ class Reports extends NodePart {
   readonly report = (error: Error): void => {
     this.last = error;
     debug("%s", error.message);
-    // In a turn of its own: a listener that is added right after the adapter was made hears of a connection that fails at once.
+    // Deferred: a listener that is added right after the adapter was made hears of a connection that fails at once.
     queueMicrotask(() => {
       const { onError, tenants } = this.context;
       if (onError) return onError(error);
@@ -1827,7 +1823,7 @@ class Membership extends NodePart {
   /** The announcement that is about to be made. */
   #announcement: Promise<void> | undefined;
   #acquainted: Promise<void> | undefined;
-  /** When the last announcement was made (ms, monotonic); 0 if the broker has taken none. */
+  /** When the last announcement was made (ms, monotonic); 0 if there was none or the broker did not take it. */
   #announcedAt = 0;
 
   /** The servers that have a namespace open, this one not counted. */
@@ -1914,7 +1910,7 @@ class Membership extends NodePart {
     const { heartbeatInterval, heartbeatTimeout, journal } = settings;
     for (const peer of this.peers.values()) {
       this.ask(peer);
-      // By what the queue delivers: right after an outage nobody has been silent.
+      // From the end of an outage at the earliest, and up to the last delivery: while this queue gets nothing, nobody is silent.
       const silence = receiver.heardAt - Math.max(peer.heardAt, upSince);
       const isLate = silence > heartbeatInterval + WATCH_INTERVAL;
       // If its queue is gone the ping comes back, and nobody waits for it.
@@ -2540,7 +2536,7 @@ class PeerStream<F extends Frame> {
     this.#skipTo(floor);
   }
 
-  /** Something may have been missed: before an outage's end, or as a frame says. */
+  /** Frames may have been missed: during an outage, or a later frame names one that has not come. */
   startCatchUp(): CatchUp<F> {
     const { held = new Map(), bytes = 0 } = this.catchUp ?? {};
     return (this.catchUp = { id: ++this.#questions, held, bytes, askAt: 0 });
@@ -2821,7 +2817,7 @@ interface Block {
  * Frames by their numbers, which follow one another. They stand in large blocks, for as objects some hundred thousand frames
  * would cost the garbage collector more than all else done with them.
  */
-class SentLog {
+class FrameLog {
   /** The oldest number that is held, or the next one. */
   first = 1;
   next = 1;
@@ -2876,7 +2872,7 @@ class SentLog {
     if (!block) return undefined;
     const { ends, buffer, first } = block;
     const frame = buffer.subarray(ends[number - first - 1] ?? 0, ends[number - first]);
-    return packetsIn(frame) > 0 ? frame : frame.subarray(0, HEADER + 4 * wordsIn(frame)); // withdrawn
+    return packetsIn(frame) > 0 ? frame : frame.subarray(0, HEADER + 4 * wordsIn(frame)); // withdrawn: shorter than its room
   }
 
   /** Forgets the oldest frame; with the last one of a block its memory. */
@@ -2943,7 +2939,7 @@ const MAX_DIGESTS = 64;
 class Publisher {
   framesSent = 0;
   packetsSent = 0;
-  readonly log: SentLog;
+  readonly log: FrameLog;
   readonly batcher: Batcher;
   readonly #uid: string;
   readonly #journalMs: number;
@@ -2972,7 +2968,7 @@ class Publisher {
     this.#events = events;
     this.#now = now;
     this.batcher = new Batcher(maxQueued, maxPayload, facts);
-    this.log = new SentLog(journal.bytes);
+    this.log = new FrameLog(journal.bytes);
   }
 
   /** The number of the last frame that was published. */
@@ -3825,7 +3821,7 @@ type Part = string | Uint8Array;
 
 const VERSION = 2;
 const HEADER = 32;
-/** Where a frame's floor and its numbers of words and of packets stand. */
+/** The offsets of a frame's floor, of how many words and of how many packets it has. */
 const FLOOR = 16;
 const WORDS = 24;
 const PACKETS = 28;
@@ -4061,7 +4057,7 @@ type Answer =
   /** A part of a list. */
   | { type: "items"; id: string; items: unknown[]; more: boolean }
   | { type: "answer"; id: string; value?: unknown }
-  /** A client's answer, encoded by the server's parser; or why there is none. */
+  /** A client's answer, encoded by the server's parser; without a packet if it could not be. */
   | { type: "ack"; id: string; packet?: Part[] | undefined }
   | { type: "clients"; id: string; count: number };
 
