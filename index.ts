@@ -2284,11 +2284,9 @@ class Receiver extends NodePart implements ConnectionEvents {
 
   #receive({ content, fields, properties }: ConsumeMessage): void {
     this.heardAt = performance.now();
-    const { settings, reports, inbox } = this.context;
+    const { reports, inbox } = this.context;
     const source = () => `exchange ${fields.exchange}, routing key ${fields.routingKey}`;
     reports.guard(source, () => {
-      if (content.length > settings.maxPayload)
-        throw new FrameError(`a message of ${content.length} bytes; maxPayload is ${settings.maxPayload} bytes`);
       const { contentType, headers, type } = properties;
       if (typeof contentType === "string" && contentType.startsWith("application/json"))
         this.#onForeign(content, fields, headers?.["CC"]);
@@ -2298,7 +2296,8 @@ class Receiver extends NodePart implements ConnectionEvents {
 
   /** An event from any AMQP client: the routing keys, or the room's exchange, name the rooms. */
   #onForeign(content: Buffer, { exchange, routingKey }: ConsumeMessage["fields"], cc: unknown): void {
-    const { names, tenants } = this.context;
+    const { names, tenants, settings } = this.context;
+    checkSize(content, settings);
     const text = content.toString();
     // Before it is parsed: a few thousand nested brackets would take milliseconds.
     const data = /^\s*\[\s*"/.test(text) ? parseJson(text) : undefined;
@@ -2359,11 +2358,12 @@ class Inbox extends NodePart {
   }
 
   readonly #deliver = (frame: Frame): void => {
-    const { uid, tenants, reports } = this.context;
+    const { uid, tenants, reports, settings } = this.context;
     this.counts.framesReceived++;
     this.counts.packetsReceived += frame.packets;
     const source = () => `peer ${frame.sender}`;
     reports.guard(source, () => {
+      checkSize(frame.body, settings); // only here: a frame that did not count as come would be asked for without end
       const { nsp, sections } = readSections(frame);
       const tenant = tenants.get(nsp);
       if (!tenant) return;
@@ -3946,6 +3946,10 @@ function predecessorsOf(
     if (hasNot(before) && isExpected(wordAt(body, i + 1))) numbers.push(before);
   }
   return numbers;
+}
+
+function checkSize({ length }: Buffer, { maxPayload }: Settings): void {
+  if (length > maxPayload) throw new FrameError(`a message of ${length} bytes; maxPayload is ${maxPayload} bytes`);
 }
 
 /** The packets of a frame for the same rooms. */
