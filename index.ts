@@ -2056,7 +2056,7 @@ class Requests {
 
 /** How many bindings are cheap to scan. */
 const FEW_BINDINGS = 500;
-/** What the header and a replay add to a packet, at most (bytes). */
+/** What a frame of one packet has besides the head and the parts, each of which takes a word more, at most (bytes). */
 const OVERHEAD = 768;
 /** The AMQP type of a frame that its receiver has asked for again. */
 const AGAIN = "again";
@@ -2091,12 +2091,13 @@ class Sender extends NodePart implements ConnectionEvents {
   /** A packet for a destination. Volatile ones are dropped while the broker is away. */
   add(to: Destination, parts: readonly unknown[]): void {
     const packet = asParts(parts);
-    let length = 0;
+    let length = to.head.length;
     for (const part of packet) length += part.length;
     const { settings, reports } = this.context;
     const { maxPayload } = settings;
-    let size = (to.head.length + length) * 3 + OVERHEAD; // at most
-    if (size > maxPayload) size = [to.head, ...packet].reduce((sum, part) => sum + Buffer.byteLength(part), OVERHEAD);
+    const overhead = OVERHEAD + 4 * packet.length;
+    let size = length * 3 + overhead; // at most
+    if (size > maxPayload) size = [to.head, ...packet].reduce((sum, part) => sum + Buffer.byteLength(part), overhead);
     if (size <= maxPayload) return this.publisher.add(to, packet, length);
     reports.report(new RangeError(`A packet of ${size} bytes was not sent: maxPayload is ${maxPayload} bytes`));
   }
@@ -2659,7 +2660,7 @@ interface Destination {
 interface Waiting {
   readonly to: Destination;
   readonly parts: readonly Part[];
-  /** Of its content. */
+  /** Of its head and its parts. */
   readonly bytes: number;
   /** When it was emitted (ms, monotonic). */
   readonly at: number;
@@ -2667,7 +2668,7 @@ interface Waiting {
 
 /** A frame takes packets up to about this many bytes. */
 const FRAME_SIZE = 64 * 1024;
-/** What a packet that waits costs beyond its content, about (bytes). */
+/** What a packet that waits costs beyond its head and parts, about (bytes). */
 const WAITING_OVERHEAD = 160;
 /** Up to so many other servers, a frame for at least as many rooms goes to everyone; measured against 64 keys. */
 const FEW_SERVERS = 8;
@@ -2690,7 +2691,7 @@ interface RoutingFacts {
 /** Packets that wait to be put into frames, oldest first. They have no numbers yet, so one that is dropped leaves no hole. */
 class Batcher {
   #packets: Waiting[] = [];
-  /** The bytes of their content. */
+  /** The bytes of their heads and parts. */
   #content = 0;
   readonly #maxBytes: number;
   /** So far below `maxPayload` that multi-byte text does not reach it (bytes). */
