@@ -1335,6 +1335,16 @@ describe("an emitter", () => {
     expect(b.io.of("/").sockets.size).toBe(0);
   });
 
+  test("that makes sockets join what is no room harms no server", async () => {
+    const { bob, people } = await crew();
+    const emitter = emitting();
+    emitter.in("blue").socketsJoin([{ toString: "none" }] as unknown as string[]);
+    await heardFrom(emitter, people);
+    const gone = once(bob.socket, "disconnect");
+    bob.client.disconnect();
+    await gone;
+  });
+
   test("emits to the servers, and is none of them", async () => {
     const nodes = await cluster();
     const emitter = emitting();

@@ -786,7 +786,7 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
         return void this.broadcastLocally(packet, fromWire(message.opts), { sender: from, number });
       }
       case "join":
-        return super.addSockets(fromWire(message.opts), message.rooms);
+        return super.addSockets(fromWire(message.opts), sentRooms(message.rooms));
       case "leave":
         return super.delSockets(fromWire(message.opts), message.rooms);
       case "disconnect":
@@ -4182,7 +4182,7 @@ function toWire({ rooms, except, flags }: BroadcastOptions): WireOptions {
   return { rooms: sentRooms(rooms), except: sentRooms(except ?? []), flags: sentFlags(flags) };
 }
 
-/** Users pass rooms that are neither strings nor numbers as well; nobody is in them. */
+/** Users and messages name rooms that are neither strings nor numbers as well: `null` stands for them. */
 const sentRooms = (rooms: Iterable<Room | null>): Room[] =>
   Array.from(rooms, (room) => (typeof room === "string" || typeof room === "number" ? room : null) as Room);
 
