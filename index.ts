@@ -395,7 +395,7 @@ interface Delivery {
   /** How many packets stand before them in the frame that brought them. */
   readonly first?: number;
   packets(): unknown[][];
-  /** The packet, where it was not encoded elsewhere. */
+  /** The packet, if this server has encoded it: then there is only one. */
   readonly decoded?: Packet;
 }
 
@@ -951,7 +951,7 @@ class DeliveryLog implements History {
   /** The peer's frame that came last, and the position before it. */
   #noted: Frame | undefined;
   #base = 0;
-  /** Packets that came without a frame of their own, are in none yet, and where they are from. */
+  /** Packets that are in no frame of this log yet, for they did not come as one, and where all of them are from. */
   #loose: Waiting[] = [];
   #looseBytes = 0;
   #origin: Origin = FOREIGN;
@@ -981,7 +981,7 @@ class DeliveryLog implements History {
   add(to: Destination, parts: readonly Part[], origin: Origin): number {
     if (origin.number !== this.#origin.number || origin.sender !== this.#origin.sender) this.#flush();
     this.#origin = origin;
-    let bytes = 0;
+    let bytes = to.head.length;
     for (const part of parts) bytes += part.length;
     this.#loose.push({ to, parts, bytes, at: 0 });
     this.#looseBytes += bytes;
@@ -2670,7 +2670,7 @@ interface Waiting {
 const FRAME_SIZE = 64 * 1024;
 /** What a packet that waits costs beyond its head and parts, about (bytes). */
 const WAITING_OVERHEAD = 160;
-/** Up to so many other servers, a frame for at least as many rooms goes to everyone; measured against 64 keys. */
+/** Up to so many other servers a frame may be for any number of rooms: with many it goes to everyone. Measured against 64 keys. */
 const FEW_SERVERS = 8;
 /**
  * With fewer keys than this, a frame for several rooms goes to those alone: few keys are cheap, and servers without these rooms
@@ -2911,7 +2911,7 @@ type Transmit = (message: Outgoing, confirmed: (outcome: Outcome) => void) => vo
 interface Flight extends Outgoing {
   /** 0 if it is volatile. */
   readonly number: number;
-  /** Of its keys. */
+  /** Of its routing keys, at most `MAX_DIGESTS`. */
   readonly digests: readonly number[];
 }
 
@@ -3493,8 +3493,7 @@ class Topology {
       else if (!this.#ended) receive(message);
     };
     await channel.consume(queue, onMessage, { noAck: true });
-    const before = names.queue(uid, this.#generation - 1);
-    const gone = this.#generation === 1 ? Promise.resolve() : removed(model, before);
+    const gone = this.#generation === 1 ? Promise.resolve() : removed(model, names.queue(uid, this.#generation - 1));
     gone.then(() => {
       this.bindings.reconcileAll();
       this.#idle.push(...lanes);
@@ -3603,7 +3602,7 @@ async function openLane(model: AmqpConnection): Promise<Channel> {
 // ── Connections ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 interface ConnectionEvents {
-  /** Does all that a new connection needs. What it resolves to takes it into use, if it is still there. */
+  /** Does all that a new connection needs. Resolves with a function that takes the connection into use. */
   up(model: AmqpConnection, lose: Lose): Promise<() => void>;
   down(error: Error): void;
 }
