@@ -1509,6 +1509,20 @@ describe("a bad message", () => {
     expect(errorsOf(a)).toEqual([expect.stringMatching(/not sent.*maxPayload/)]);
   });
 
+  test("larger than this server's own maxPayload costs no other packet of a server whose maxPayload is larger", async () => {
+    const [a, b] = await Promise.all([start(), start({ maxPayload: 10_000 })]);
+    await acquainted([a, b]);
+    const bob = await join(b);
+    introduce({ bob });
+    for (let i = 0; i < 10; i++) {
+      a.io.emit("big", "x".repeat(70_000));
+      a.io.emit("small", i);
+    }
+    expect((await heardFrom(a.io, { bob })).bob).toEqual(Array.from({ length: 10 }, (_, i) => ["small", i]));
+    expect(errorsOf(a)).toEqual([expect.stringMatching(/give all servers the same/)]);
+    expect(errorsOf(b).filter((error) => /a message of 7\d{4} bytes/.test(error))).toHaveLength(10);
+  });
+
   test("a packet over maxPayload is reported, delivered locally, and costs no other", async () => {
     const { a, people } = await crew({ maxPayload: 10_000 });
     const packets = [
