@@ -4085,9 +4085,10 @@ type Control =
 
 const isList = (value: unknown): value is unknown[] => Array.isArray(value);
 
-/** Whether a value has the fields of a sample, each with a value of the same type. */
+/** Whether a value has the fields of a sample, each with a value of the same type; numbers count something. */
 function isLike<T>(value: unknown, sample: T): value is T {
   if (isList(sample)) return isList(value);
+  if (typeof sample === "number") return Number.isSafeInteger(value) && Number(value) >= 0;
   if (!isRecord(sample)) return typeof value === typeof sample;
   return isRecord(value) && Object.entries(sample).every(([field, like]) => isLike(value[field], like));
 }
