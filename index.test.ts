@@ -234,6 +234,15 @@ async function publish(exchange: string, key: string, body: string | Buffer, pro
   await channel.waitForConfirms();
   await connection.close();
 }
+/** A message about the cluster itself: see dev/protocol.md. */
+function control(sender: string, json: string): Buffer {
+  const frame = Buffer.alloc(32 + json.length);
+  frame.set([2, 2]);
+  frame.write(sender, 2, "latin1");
+  frame.write(json, 32);
+  return frame;
+}
+
 const JSON_TYPE = { contentType: "application/json" };
 
 /** Exchanges of this test beyond the two that stay, its queues, and the bindings of its queues and of rooms' exchanges. */
@@ -1458,6 +1467,19 @@ describe("a bad message", () => {
     await reunited(nodes);
   });
 
+  test("of a server whose numbers count nothing is reported and dropped", async () => {
+    const { nodes, a, b } = await crew();
+    const counts = [-1, 0.5, 1e308, "7", null];
+    for (const number of counts) {
+      const beat = { type: "beat", revision: 1, bindings: 0, number, floor: 0 };
+      const reported = once(b.adapter, "error");
+      await publish(`${prefix}#keys`, `@${b.adapter.uid}`, control(a.adapter.uid, JSON.stringify(beat)));
+      await reported;
+    }
+    expect(errorsOf(b)).toHaveLength(counts.length);
+    await reunited(nodes);
+  });
+
   test("that was cut short on the way harms nothing", async () => {
     const { nodes, a, people } = await crew();
     const spy = await connect(broker.url);
@@ -1888,15 +1910,6 @@ describe("an outage", () => {
     await two.emit(1, count - 1);
     two.linkB.heal();
     return two;
-  }
-
-  /** A message about the cluster itself: see dev/protocol.md. */
-  function control(sender: string, json: string): Buffer {
-    const frame = Buffer.alloc(32 + json.length);
-    frame.set([2, 2]);
-    frame.write(sender, 2, "latin1");
-    frame.write(json, 32);
-    return frame;
   }
 
   const faults: Record<string, (links: Proxy[]) => Promise<unknown>> = {
@@ -2770,6 +2783,26 @@ describe("a simulation of senders and receivers", () => {
       await Promise.all(world.senders.map(({ closed, publisher }) => closed || publisher.drained()));
     }
   }, 60_000);
+});
+
+describe("a stream", () => {
+  test("gives nothing again that has come, though a heartbeat from before it comes late", () => {
+    const delivered: number[] = [];
+    const deliver = ({ number }: ReturnType<typeof readFrame>) => void delivered.push(number);
+    const stream = new PeerStream({ deliver, replayed() {}, duplicate() {}, lost() {} }, 1e6);
+    const frame = (number: number) => ({
+      kind: 1,
+      sender: "sender--",
+      number,
+      floor: 0,
+      packets: 1,
+      body: Buffer.of(),
+    });
+    for (const number of [1, 2, 3, 4]) stream.receive(frame(number));
+    stream.hears(2, 0);
+    for (const number of [3, 4, 5]) stream.receive(frame(number));
+    expect(delivered).toEqual([1, 2, 3, 4, 5]);
+  });
 });
 
 describe("a publisher", () => {

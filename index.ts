@@ -2546,7 +2546,8 @@ class PeerStream<F extends Frame> {
   /** The peer says that it has published up to this number, of which all up to `floor` is confirmed. */
   hears(number: number, floor: number): void {
     if (this.catchUp) return;
-    this.cursor = Math.min(this.cursor ?? number, number); // above what was ever published it is wrong, whoever is to blame
+    // Above what was ever published it is wrong, whoever is to blame. What has come may be newer than the message.
+    this.cursor = Math.min(this.cursor ?? number, Math.max(number, this.highest));
     this.#skipTo(floor);
   }
 
