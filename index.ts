@@ -1695,7 +1695,7 @@ abstract class Context {
   readonly reports: Reports = new Reports(this);
   /** The namespaces of this server, by name; an emitter has none. */
   readonly tenants: Map<string, Tenant> = new Map();
-  /** EngineConnection, bound, announced and acquainted with the peers for the first time. */
+  /** Connected, bound, announced and acquainted with the peers for the first time. */
   readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
   abstract readonly sender: Sender;
   abstract readonly receiver: Receiver;
