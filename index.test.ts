@@ -2234,6 +2234,37 @@ describe("an outage", () => {
     for (const node of [early, near, far]) errorsOf(node);
   });
 
+  test("and another one right after it lose nothing of a server that began to send during the first", async () => {
+    const link = await Proxy.open(broker.port);
+    const a = await start({ amqpConnection: () => connect(`amqp://guest:guest@127.0.0.1:${link.port}`) });
+    const bob = await join(a);
+    const cut = async () => {
+      link.cut();
+      await eventually(() => expect(a.adapter.stats.connected).toBe(false));
+    };
+    await cut();
+    const asked = Promise.withResolvers<void>();
+    let answers = 0;
+    const losingTheFirstAnswer: Pass = ({ content, send, confirm }) => {
+      if (!content.includes('"begin"') || ++answers > 1) return send();
+      confirm();
+      asked.resolve();
+    };
+    const b = await start({ amqpConnection: tampered(losingTheFirstAnswer) });
+    await b.adapter.ready;
+    b.io.emit("n", 0);
+    await eventually(() => expect(b.adapter.stats).toMatchObject({ queued: 0, unconfirmed: 0, framesSent: 1 }));
+    link.heal();
+    await asked.promise;
+    await cut();
+    b.io.emit("n", 1);
+    link.heal();
+    await eventually(() => expect(bob.heard.map(([, n]) => n)).toEqual([0, 1]), 4_000);
+    await a.adapter.close();
+    link.close();
+    errorsOf(a);
+  });
+
   test("after which a sender closes before the others are back loses nothing", async () => {
     const links = await Promise.all([Proxy.open(broker.port), Proxy.open(broker.port)]);
     const [near, far] = links.map(

@@ -2215,7 +2215,7 @@ class Receiver extends NodePart implements ConnectionEvents {
   readonly connection: Connection = new Connection("consuming", this.context, this);
   /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
   heardAt = 0;
-  /** Since when the queue was last away (ms, monotonic); undefined until then. */
+  /** Since when the queue was first away, at the start maybe (ms, monotonic). Whoever sent while it was there is known since. */
   awaySince: number | undefined;
   #topology: Topology | undefined;
   /** Resolves when the connection that is being opened is live or has failed. */
@@ -2270,8 +2270,7 @@ class Receiver extends NodePart implements ConnectionEvents {
   /** Something may be missed from here on: each peer is asked for it. An emitter misses nothing. */
   down(): void {
     const { tenants, membership } = this.context;
-    // At the start there may be no broker.
-    if (this.#topology || this.awaySince === undefined) this.awaySince = performance.now();
+    this.awaySince ??= performance.now();
     this.#topology?.end();
     this.#opened(undefined);
     if (tenants.size > 0) for (const { stream } of membership.peers.values()) stream.startCatchUp();
