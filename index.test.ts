@@ -664,7 +664,7 @@ describe("sockets of other servers", () => {
     expect(remote?.handshake.auth).toEqual({ token: "secret" });
   });
 
-  test("are fetched though all together are over maxPayload, without the data that is too much for it", async () => {
+  test("are fetched in as many answers as maxPayload takes, without the data that is too much for it", async () => {
     const { b, people, a } = await crew({ maxPayload: 20_000 });
     const crowd = await Promise.all(Array.from({ length: 20 }, () => join(b, ["green"])));
     for (const { socket } of crowd) socket.data = { text: "x".repeat(3_000) };

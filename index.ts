@@ -579,10 +579,21 @@ class LocalAdapter extends BoundAdapter {
     }, message.timeout + 1_000).unref();
   }
 
-  /** Answers with a list, each item by itself: the list may be larger than `maxPayload`. */
+  /** Answers with a list, in parts of a bounded size. */
   protected answerList(id: string, list: readonly unknown[], answer: (value: Answer) => void): void {
-    for (const item of list) answer({ type: "items", id, items: [item], more: true });
-    answer({ type: "items", id, items: [], more: false });
+    let items: unknown[] = [];
+    let size = 0;
+    for (const item of list) {
+      const itemSize = lengthOf(item);
+      if (size > 0 && size + itemSize > this.node.settings.maxPayload / 4) {
+        answer({ type: "items", id, items, more: true });
+        items = [];
+        size = 0;
+      }
+      items.push(item);
+      size += itemSize;
+    }
+    answer({ type: "items", id, items, more: false });
   }
 
   /** Undefined where the parser does not take it. */
@@ -2691,6 +2702,8 @@ interface RoutingFacts {
 /** Packets that wait to be put into frames, oldest first. They have no numbers yet, so one that is dropped leaves no hole. */
 class Batcher {
   #packets: Waiting[] = [];
+  /** Where the oldest one stands: to take each from the front of a long array would cost as much as all others. */
+  #start = 0;
   /** The bytes of their heads and parts. */
   #content = 0;
   readonly #maxBytes: number;
@@ -2705,7 +2718,7 @@ class Batcher {
   }
 
   get size(): number {
-    return this.#packets.length;
+    return this.#packets.length - this.#start;
   }
 
   get bytes(): number {
@@ -2717,41 +2730,40 @@ class Batcher {
     this.#packets.push(packet);
     this.#content += packet.bytes;
     let dropped = 0;
-    // Many at once: to take one from the front of a long array costs as much.
-    while (this.bytes > this.#maxBytes)
-      for (const { to } of this.#shift(Math.ceil(this.size / 64))) dropped += Number(!to.volatile);
+    while (this.bytes > this.#maxBytes) for (const { to } of this.#shift(1)) dropped += Number(!to.volatile);
     return dropped;
   }
 
   /** Drops the packets that pass a test, and returns how many of them are not volatile. */
   drop(test: (packet: Waiting) => boolean): number {
     let dropped = 0;
-    this.#packets = this.#packets.filter((packet) => {
+    this.#packets = this.#packets.slice(this.#start).filter((packet) => {
       if (!test(packet)) return true;
       this.#content -= packet.bytes;
       dropped += Number(!packet.to.volatile);
       return false;
     });
+    this.#start = 0;
     return dropped;
   }
 
   /** Whether a frame made now would be smaller than one made later. */
   get mayGrow(): boolean {
-    const [first, last] = [this.#packets[0], this.#packets.at(-1)];
+    const [first, last] = [this.#packets[this.#start], this.#packets.at(-1)];
     if (!first || !last || this.#content >= this.#frameSize) return false;
     return isSame(first.to, last.to) || (mayShare(first.to, last.to) && this.#maxKeys(first.to.nsp) > 1);
   }
 
   /** What the next frame is made of, where its first packet goes, and its routing keys; undefined if nothing waits. */
   next(): { to: Destination; packets: Waiting[]; keys: readonly string[] } | undefined {
-    const to = this.#packets[0]?.to;
+    const to = this.#packets[this.#start]?.to;
     if (!to) return undefined;
     const keys = new Set(to.keys);
     const maxKeys = this.#maxKeys(to.nsp);
     let count = 0;
     let content = 0;
     let previous = to;
-    for (const packet of this.#packets) {
+    for (let packet = this.#packets[this.#start]; packet; packet = this.#packets[this.#start + count]) {
       content += packet.bytes;
       if (content > this.#frameSize && count > 0) break;
       if (!isSame(packet.to, previous)) {
@@ -2782,8 +2794,10 @@ class Batcher {
 
   /** Removes the oldest ones, and returns them. */
   #shift(count: number): Waiting[] {
-    const oldest = this.#packets.splice(0, count);
+    const oldest = this.#packets.slice(this.#start, this.#start + count);
     for (const { bytes } of oldest) this.#content -= bytes;
+    this.#start += count;
+    if (this.#start * 2 >= this.#packets.length) this.#start -= this.#packets.splice(0, this.#start).length;
     return oldest;
   }
 }
