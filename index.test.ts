@@ -25,6 +25,7 @@ import {
   readFrame,
   readSections,
   Routes,
+  takePackets,
   type AdapterOptions,
   type Emitter,
   type EmitterOptions,
@@ -2373,7 +2374,7 @@ describe("a simulation of senders and receivers", () => {
 
   function decode(body: Buffer): Frame {
     const frame = readFrame(body);
-    const packets = readSections(frame).sections.flatMap((section) => section.packets());
+    const packets = readSections(frame).sections.flatMap(takePackets);
     return { ...frame, contents: packets.map(([text]) => parseInt(String(text))) };
   }
 

@@ -44,7 +44,7 @@ const debug = debuglog("socket.io-amqp0");
 // ── What you call ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** @internal What a simulation needs: none of it does I/O. */
-export { PeerStream, predecessorsOf, Publisher, readFrame, readSections, Routes };
+export { PeerStream, predecessorsOf, Publisher, readFrame, readSections, Routes, takePackets };
 
 /** What amqplib's `connect()` resolves to, recovering or not. */
 export type AmqpConnection = ChannelModel | RecoveringChannelModel;
@@ -87,8 +87,9 @@ interface NodeOptions {
   /** What is kept to be sent again after an outage. */
   journal?: JournalOptions;
   /**
-   * How many bytes of packets may wait while the broker is away, blocked or slower than the emits. Beyond it the oldest are dropped, and so is
-   * what waited longer than `journal.ms` while the broker was away; `stats.dropped` counts them, and an `error` reports them.
+   * How many bytes of packets may wait while the broker is away, blocked or slower than the emits. Beyond it the oldest are
+   * dropped, and so is what waited longer than `journal.ms` while the broker was away; `stats.dropped` counts them, and an
+   * `error` reports them.
    * @default 268_435_456 (256 MiB)
    */
   maxQueued?: number;
@@ -121,7 +122,7 @@ export interface AdapterOptions extends NodeOptions {
   heartbeatInterval?: number;
   /**
    * After how many ms of silence a server is no longer counted or waited for. One whose process has ended is noticed sooner, for
-   * its queue goes: within 500 ms where it owes an answer, else when it misses a heartbeat.
+   * its queue goes: within 250 ms where it owes an answer, else when it misses a heartbeat.
    * @default 10_000
    */
   heartbeatTimeout?: number;
@@ -498,8 +499,8 @@ class LocalAdapter extends BoundAdapter {
   /** @internal Packets of a peer, handed to the local sockets as they are. */
   onPackets(section: Section, origin: Frame): void {
     const target = targetOf(section);
-    const { first, packets } = section;
-    this.#write({ sockets: this.localSockets(target), target, origin, first, packets });
+    const packets = () => takePackets(section);
+    this.#write({ sockets: this.localSockets(target), target, origin, first: section.first, packets });
   }
 
   /** Delivers a packet to the local sockets; returns it encoded. */
@@ -1017,7 +1018,7 @@ class DeliveryLog implements History {
       for (const section of readSections(frame).sections) {
         const to = recipientsOf(section);
         if (!to || !isForSome(rooms, to)) continue;
-        for (const [i, packet] of section.packets().entries()) {
+        for (const [i, packet] of takePackets(section).entries()) {
           const at = floor + section.first + i + 1;
           if (at <= position) continue;
           const parts = packet.map(partOf); // copies binaries: the log's memory is used again
@@ -2382,7 +2383,7 @@ class Inbox extends NodePart {
         if (section.kind === SectionKind.Direct && section.head !== uid) continue;
         if (section.kind < SectionKind.Messages) reports.guard(source, () => tenant.onPackets(section, frame));
         else
-          for (const parts of section.packets())
+          for (const parts of takePackets(section))
             reports.guard(source, () => tenant.onMessage(readMessage(parts), frame));
       }
     });
@@ -3972,8 +3973,13 @@ interface Section {
   readonly head: string;
   /** How many packets stand before it. */
   readonly first: number;
-  /** Takes its packets out, each with its parts. */
-  readonly packets: () => Part[][];
+  /** The frame's body and text, and where this section's parts stand among the words, in the text, and among the binaries. */
+  readonly body: Buffer;
+  readonly text: string;
+  readonly word: number;
+  readonly parts: number;
+  readonly textAt: number;
+  readonly binaryAt: number;
 }
 
 /** Takes apart what is behind a frame's header, but for the packets, which not every server wants. */
@@ -3988,20 +3994,6 @@ function readSections({ body }: Frame): { nsp: string; sections: Section[] } {
   for (let i = 3; i < sectionsEnd; i += 2) textAt += wordAt(body, i) >>> 3;
   for (let i = word; i < words; i++) if (wordAt(body, i) >= BINARY) binaryAt -= wordAt(body, i) & MAX_PART;
   const text = body.toString("utf8", HEADER + 4 * words, binaryAt);
-  const packetsAt = (word: number, parts: number, textAt: number, binaryAt: number): Part[][] => {
-    const packets: Part[][] = [];
-    let packet: Part[] = [];
-    for (let i = word; i < word + parts; i++) {
-      const part = wordAt(body, i);
-      const length = part & MAX_PART;
-      if (part >= BINARY) packet.push(body.subarray(binaryAt, (binaryAt += length)));
-      else packet.push(text.substring(textAt, (textAt += length)));
-      if ((part & MORE_PARTS) !== 0) continue;
-      packets.push(packet);
-      packet = [];
-    }
-    return packets;
-  };
   const sections: Section[] = [];
   let headAt = wordAt(body, 0);
   let first = 0;
@@ -4010,10 +4002,7 @@ function readSections({ body }: Frame): { nsp: string; sections: Section[] } {
     const parts = wordAt(body, i + 1);
     if (parts > words - word) throw new FrameError(`a section of ${parts} parts in ${words} words`);
     const head = text.slice(headAt, (headAt += about >>> 3));
-    const from = word;
-    const textFrom = textAt;
-    const binaryFrom = binaryAt;
-    sections.push({ kind: about & 7, head, first, packets: () => packetsAt(from, parts, textFrom, binaryFrom) });
+    sections.push({ kind: about & 7, head, first, body, text, word, parts, textAt, binaryAt });
     for (const end = word + parts; word < end; word++) {
       const part = wordAt(body, word);
       if ((part & MORE_PARTS) === 0) first++;
@@ -4024,6 +4013,22 @@ function readSections({ body }: Frame): { nsp: string; sections: Section[] } {
   if (textAt !== text.length || binaryAt !== body.length || word !== words)
     throw new FrameError("a frame whose parts do not fill it");
   return { nsp: text.slice(0, wordAt(body, 0)), sections };
+}
+
+/** The packets of a section, each with its parts. */
+function takePackets({ body, text, word, parts, textAt, binaryAt }: Section): Part[][] {
+  const packets: Part[][] = [];
+  let packet: Part[] = [];
+  for (let i = word; i < word + parts; i++) {
+    const part = wordAt(body, i);
+    const length = part & MAX_PART;
+    if (part >= BINARY) packet.push(body.subarray(binaryAt, (binaryAt += length)));
+    else packet.push(text.substring(textAt, (textAt += length)));
+    if ((part & MORE_PARTS) !== 0) continue;
+    packets.push(packet);
+    packet = [];
+  }
+  return packets;
 }
 
 /** Heads come again and again: parsed once. */
