@@ -19,7 +19,8 @@
  *   log          frames that are kept: a publisher's, to be sent again (users say journal), or a namespace's, for lost clients
  *   stream       what has come of one peer; its cursor: every number up to it has come, was for others, or is lost
  *   catch-up     a stream that may have missed frames holds those that come until the peer has sent the others again
- *   session      a lost client's rooms and data, which wait for it; a position: how many packets a server had delivered
+ *   session      a lost client's rooms and data, which wait for it; it moves while another server hands it over, or its client is
+ *                being connected; a position: how many packets a server had delivered
  *   offset       a server's name and a position, which goes to clients with each packet
  *   key          a routing key: `/chat` is a namespace, `/chat#room42` a room, `@` all servers, `@<uid>` one
  *   peer, node   another server or emitter; this one
@@ -933,8 +934,8 @@ interface Session extends SocketSession, Trail {
 }
 /** The same as one server hands it over to another: it waits for so many ms yet. */
 type HandedSession = Omit<Session, "until" | "history"> & { readonly ms: number };
-/** One that is on its way from the server that has it. `isMoving`: that server waits for it too, and is asked again. */
-type ComingSession = Pick<Session, "pid" | "rooms"> & { readonly isMoving?: true };
+/** One that another server hands over. `isMoving`: not now, for it moves there too; that server is asked again. */
+type MovingSession = Pick<Session, "pid" | "rooms"> & { readonly isMoving?: true };
 /** Sessions and packets of one group have the same history. */
 type InGroup = { readonly group: number };
 
@@ -1089,8 +1090,8 @@ class Sessions {
   readonly follow: Follow;
   readonly #uid: string;
   readonly #maxMs: number;
-  /** By private id: those that wait here, or are on their way. */
-  readonly #kept = new Map<string, Session | ComingSession>();
+  /** By private id: those that wait here, or move. */
+  readonly #kept = new Map<string, Session | MovingSession>();
   /** Sessions whose clients are about to be connected, and what these have presented. */
   readonly #arriving = new Map<SocketId, { readonly session: Session; readonly offset: string }>();
   /** By private id: of clients that are connected. */
@@ -1103,7 +1104,7 @@ class Sessions {
     this.log = new DeliveryLog(maxBytes);
   }
 
-  /** How many there are, with those that are on their way. */
+  /** How many there are, with those that move. */
   get size(): number {
     return this.#kept.size;
   }
@@ -1112,8 +1113,8 @@ class Sessions {
     return [...this.#kept.values()].filter(this.#isWaiting);
   }
 
-  /** Whether a session is on its way here, or from here to its client. */
-  isComing(pid: string): boolean {
+  /** Whether a session is being handed over to this server, or its client is being connected here. */
+  isMoving(pid: string): boolean {
     const session = this.#kept.get(pid);
     return session !== undefined && !this.#isWaiting(session);
   }
@@ -1126,7 +1127,7 @@ class Sessions {
   }
 
   /** From here on the rooms of a session stay bound. */
-  keep(session: Session | ComingSession): void {
+  keep(session: Session | MovingSession): void {
     const before = this.#kept.get(session.pid);
     this.#kept.set(session.pid, session);
     for (const room of session.rooms) this.pinned.set(room, (this.pinned.get(room) ?? 0) + 1);
@@ -1134,7 +1135,7 @@ class Sessions {
   }
 
   /** The session is not here any more, or does not come; one that has taken its place stays. */
-  drop(session: Session | ComingSession): void {
+  drop(session: Session | MovingSession): void {
     if (this.#kept.get(session.pid) !== session) return;
     this.#kept.delete(session.pid);
     this.#unpin(session.rooms);
@@ -1238,7 +1239,7 @@ class Sessions {
     void this.follow(free);
   }
 
-  readonly #isWaiting = (session: Session | ComingSession): session is Session =>
+  readonly #isWaiting = (session: Session | MovingSession): session is Session =>
     "until" in session && !this.#arriving.has(session.sid);
 }
 
@@ -1279,9 +1280,9 @@ class Handover {
     this.#sessions = sessions;
   }
 
-  /** Takes a session over from the server that lost the client, or from any other. Resolves with whether it is on its way. */
+  /** Takes a session over from the server that lost the client, or from any other. Resolves with whether it moves yet. */
   async fetch(pid: string, offset: string, until: number): Promise<boolean> {
-    if (this.#sessions.isComing(pid)) return true;
+    if (this.#sessions.isMoving(pid)) return true;
     const opened = this.#node.opened.promise.catch(() => {});
     await within(1_000, opened); // a server that starts knows no other
     const [owner] = offset.split(".");
@@ -1290,12 +1291,12 @@ class Handover {
       if (this.isClosing || this.#sessions.find(pid)) break;
       if (await this.takeOver(asked, until, pid, offset)) return true;
     }
-    return this.#sessions.isComing(pid);
+    return this.#sessions.isMoving(pid);
   }
 
   /** A peer asks for the session of a client that has come to it, or for all: gives those that it may claim. */
-  onFind(pid: string | undefined, offset: string): ComingSession[] {
-    if (pid !== undefined && this.#sessions.isComing(pid)) return [{ pid, rooms: [], isMoving: true }];
+  onFind(pid: string | undefined, offset: string): MovingSession[] {
+    if (pid !== undefined && this.#sessions.isMoving(pid)) return [{ pid, rooms: [], isMoving: true }];
     const found = pid === undefined ? this.#sessions.waiting : [this.#sessions.find(pid, offset) ?? []].flat();
     return found.flatMap((session) => {
       if (lengthOf(session.data) < Infinity) return { pid: session.pid, rooms: session.rooms };
@@ -1322,7 +1323,7 @@ class Handover {
       const peer = this.#peers().find((uid) => !refusing.has(uid));
       if (!peer) break; // there is no other server, or all close as well
       if (session) await this.#ask([peer], until, offer, () => {});
-      else await Bun.sleep(ASK_LATER); // some are on their way here, or to a client that is just being connected
+      else await Bun.sleep(ASK_LATER); // some move
       if (session && this.#sessions.find(session.pid) === session) refusing.add(peer);
     }
   }
@@ -1336,12 +1337,12 @@ class Handover {
    * others' frames the answer tells up to which number they are in it.
    */
   async takeOver(peers: string[], until: number, pid?: string, offset?: string): Promise<boolean> {
-    const sessions: ComingSession[] = [];
+    const sessions: MovingSession[] = [];
     let from = "";
     const find = (id: string): Message => ({ type: "find", id, pid, offset });
     let isMoving = false;
     await this.#ask(peers, until, find, (list, uid) => {
-      for (const session of list.filter(isComingSession)) {
+      for (const session of list.filter(isMovingSession)) {
         if (session.isMoving) isMoving = true;
         else {
           sessions.push(session);
@@ -1437,12 +1438,12 @@ class Recovery {
   /** The session of a client that comes back. Rejects where none waits, or what was missed is not known any more. */
   async restore(pid: string, offset: string): Promise<Restored> {
     const until = this.#until;
-    let isComing: boolean;
+    let isMoving: boolean;
     do {
       await this.#closeOld(pid, offset);
-      isComing = !this.sessions.find(pid) && (await this.#handover.fetch(pid, offset, until));
-      if (isComing) await Bun.sleep(ASK_LATER);
-    } while (isComing && performance.now() < until);
+      isMoving = !this.sessions.find(pid) && (await this.#handover.fetch(pid, offset, until));
+      if (isMoving) await Bun.sleep(ASK_LATER);
+    } while (isMoving && performance.now() < until);
     const session = this.sessions.find(pid, offset);
     // A server that closes keeps the client waiting: when its connection ends, it finds its session on another one.
     if (this.#handover.isClosing) return new Promise(() => {});
@@ -1543,7 +1544,7 @@ async function answersPing(conn: EngineConnection): Promise<boolean> {
   return (await within(300, promise)) === true;
 }
 
-const isComingSession = (item: unknown): item is ComingSession => isLike(item, { pid: "", rooms: [] });
+const isMovingSession = (item: unknown): item is MovingSession => isLike(item, { pid: "", rooms: [] });
 const isHandedSession = (item: unknown): item is HandedSession & InGroup =>
   isLike(item, { sid: "", pid: "", owner: "", rooms: [] });
 const isDelivered = (item: unknown): item is Delivered & InGroup => isLike(item, { rooms: [], except: [], parts: [] });
@@ -2234,6 +2235,8 @@ class Receiver extends NodePart implements ConnectionEvents {
   #opening: PromiseWithResolvers<void> | undefined = Promise.withResolvers<void>();
   /** How often a queue was made. */
   #generation = 0;
+  /** Rooms' exchanges that were to be declared, and to which no queue may have been bound yet. */
+  readonly #unbound = new Set<string>();
   #renewal: Timeout | undefined;
 
   /** Binds or unbinds a key as the rooms want it. Resolves when one that is wanted is live, at once while there is no broker. */
@@ -2274,7 +2277,7 @@ class Receiver extends NodePart implements ConnectionEvents {
   async up(model: AmqpConnection, lose: Lose): Promise<() => void> {
     this.#opening ??= Promise.withResolvers<void>();
     // A new name each time: after a half-open link the broker may still hold the old queue.
-    const topology = new Topology(model, lose, this.context, ++this.#generation);
+    const topology = new Topology(model, lose, this.context, ++this.#generation, this.#unbound);
     await topology.open((message) => this.#receive(message));
     return () => this.#opened(topology);
   }
@@ -3471,18 +3474,20 @@ class Topology {
   readonly #lose: Lose;
   readonly #context: Context;
   readonly #generation: number;
+  readonly #unbound: Set<string>;
   readonly #queue: string;
   /** Channels of their own, so that a refused operation closes no other: those that have nothing to do. */
   readonly #idle: Channel[] = [];
   #ended = false;
 
   /** `generation`: how many queues this server has had. @throws Refusal */
-  constructor(model: AmqpConnection, lose: Lose, context: Context, generation: number) {
+  constructor(model: AmqpConnection, lose: Lose, context: Context, generation: number, unbound: Set<string>) {
     const { uid, names, settings, tenants } = context;
     this.#model = model;
     this.#lose = lose;
     this.#context = context;
     this.#generation = generation;
+    this.#unbound = unbound;
     this.#queue = names.queue(uid, generation);
     this.bindings = new Bindings(tenants, mayHaveRoomExchanges(model, settings.roomExchanges), ownKeys(uid));
   }
@@ -3495,6 +3500,7 @@ class Topology {
   async open(receive: (message: ConsumeMessage) => void): Promise<void> {
     const [model, lose, queue] = [this.#model, this.#lose, this.#queue];
     const { uid, names, settings } = this.#context;
+    await this.#deleteUnbound();
     const lanes = await Promise.all(Array.from({ length: LANES }, () => openLane(model)));
     const channel = watched(await model.createChannel(), lose);
     const exclusive = { exclusive: true, durable: false, arguments: settings.queueArguments };
@@ -3541,6 +3547,17 @@ class Topology {
     while (this.bindings.isBusy && !this.#ended) await Bun.sleep(5);
   }
 
+  /** Exchanges that the last connection declared and could not bind: the broker deletes none that was never bound. */
+  async #deleteUnbound(): Promise<void> {
+    for (const exchange of this.#unbound) {
+      const deletion = alone(this.#model, (lane) => lane.deleteExchange(exchange, { ifUnused: true }));
+      await deletion.catch((error: BrokerError) => {
+        if (error.code === undefined) throw error; // else refused: somebody has bound it meanwhile, or it is not ours
+      });
+      this.#unbound.delete(exchange);
+    }
+  }
+
   /** Binds and unbinds, one change after the other on each channel, until there is nothing left to do. */
   #work(): void {
     for (const lane of this.#idle.splice(0)) {
@@ -3559,12 +3576,6 @@ class Topology {
       const isGone = code === 404 || name === "IllegalOperationError";
       if (isGone && attempt < ATTEMPTS && !this.#ended)
         return this.#change(await openLane(this.#model), change, attempt + 1);
-      if (change.to === "exchange") {
-        // The broker deletes no auto-delete exchange that was never bound. Somebody else may have bound it meanwhile.
-        const exchange = this.#context.names.roomExchange(change.key);
-        const deletion = alone(this.#model, (lane) => lane.deleteExchange(exchange, { ifUnused: true }));
-        await deletion.catch((error) => debug("delete: %s", asError(error).message));
-      }
       throw error;
     }
     this.bindings.done(change);
@@ -3577,8 +3588,10 @@ class Topology {
     const source = key === EVERYTHING ? names.main : names.keys;
     const exchange = names.roomExchange(key);
     if (to === "exchange") {
+      this.#unbound.add(exchange);
       await lane.assertExchange(exchange, "fanout", TRANSIENT);
       await lane.bindQueue(queue, exchange, ""); // first the queue, which keeps the exchange alive
+      this.#unbound.delete(exchange);
       await lane.bindExchange(exchange, source, key);
     } else if (to === "key") await lane.bindQueue(queue, source, key);
     if (from === to) return;
@@ -3694,11 +3707,12 @@ class Connection {
           if (performance.now() - this.upSince > STABLE) attempt = 0;
           this.#context.changed("disconnect", this.#name);
         }
+        const what = `The ${this.#name} connection ${this.upSince === undefined ? "could not be opened" : "was lost"}`;
         this.upSince = undefined;
         this.#events.down(error);
         if (model) await closeConnection(model);
         // Once per outage, unless there is news.
-        if (!this.#closed && kindOf(error) !== reported) reports.report(explain(error, this.#name, settings.prefix));
+        if (!this.#closed && kindOf(error) !== reported) reports.report(explain(error, what, settings.prefix));
         reported = kindOf(error);
         delayMs = backoff(attempt, error);
       }
@@ -3778,7 +3792,7 @@ function backoff(attempt: number, error: Error): number {
 type BrokerError = Error & { code?: number; classId?: number };
 
 /** Says what to do about errors that do not say so. */
-function explain(error: Error, link: string, prefix: string): Error {
+function explain(error: Error, what: string, prefix: string): Error {
   const pattern = `^${prefix.replace(/[^\w-]/g, "\\$&")}(#|$)`;
   const advice: [RegExp, string][] = [
     [/No channels left/, `; allow at least ${LANES + 2} channels: channelMax of the URL, or channel_max of the broker`],
@@ -3786,8 +3800,8 @@ function explain(error: Error, link: string, prefix: string): Error {
     [/inequivalent arg/, "; somebody else declared it in another way: delete it, or choose another prefix"],
     [/access to .* refused/, `; grant the user configure, write and read permission on ${pattern}`],
   ];
-  const [, what = ""] = advice.find(([symptom]) => symptom.test(error.message)) ?? [];
-  return new Error(`The ${link} connection was lost: ${error.message}${what}`, { cause: error });
+  const [, todo = ""] = advice.find(([symptom]) => symptom.test(error.message)) ?? [];
+  return new Error(`${what}: ${error.message}${todo}`, { cause: error });
 }
 
 /** The same for each attempt: without the names of queues and the numbers, which change. */

@@ -18,6 +18,8 @@ export interface Broker {
   readonly port: number;
   /** Runs `rabbitmqctl` on this node (half a second) and gives what it printed; throws with its stderr when it fails. */
   ctl(...args: string[]): Promise<string>;
+  /** Gives the value of an Erlang expression on this node (a millisecond), by way of JSON. */
+  evaluate: Evaluate;
   /** Names, without `amq.*` and the default exchange. */
   exchanges(prefix?: string): Promise<string[]>;
   queues(prefix?: string): Promise<{ name: string; exclusive: boolean; messages: number }[]>;
@@ -60,6 +62,7 @@ async function existingBroker(url: string): Promise<Broker> {
     url,
     port: Number(port || (protocol === "amqps:" ? 5671 : 5672)),
     ctl,
+    evaluate,
     ...listings(evaluate, decodeURIComponent(pathname.slice(1)) || "/"),
     stop: async () => void (await ctl("stop_app")),
     start: async () => {
@@ -295,6 +298,7 @@ function privateNode(name: string, { folder, server, epmd, cookie, seed }: Place
     url,
     port,
     ctl: (...args) => run([...ctl, ...args], env),
+    evaluate,
     ...listings(evaluate, "/"),
     stop: async () => void (await evaluate("rabbit:stop()")),
     start: async () => {
@@ -364,7 +368,6 @@ async function run(command: string[], env = process.env): Promise<string> {
   return stdout;
 }
 
-/** Gives the value of an Erlang expression, by way of JSON. */
 type Evaluate = <T>(expression: string) => Promise<T>;
 
 /** Erlang code that prints `@<id> <base64>`, which no log line, prompt or terminal encoding can garble. */
