@@ -3252,6 +3252,27 @@ describe("connection state recovery", () => {
     },
   );
 
+  test("gives many clients what they have missed, though a copy for each would not go into its log", async () => {
+    const [a, b, c] = await recovering({ recoveryBytes: 20_000 });
+    const guests = await Promise.all(Array.from({ length: 20 }, () => Guest.at(a, ["red"])));
+    await Promise.all(guests.map((guest) => guest.leave()));
+    await noticed(a);
+    for (let n = 0; n < 40; n++) b.io.to("red").emit("n", n, "x".repeat(100));
+    await eventually(() => expect(b.adapter.stats).toMatchObject({ queued: 0, unconfirmed: 0 }));
+    await a.io.close(); // hands the sessions over
+    for (const { io } of [b, c]) io.to("red").emit("n", 40);
+    for (const guest of guests) {
+      expect(await guest.back(b)).toBe(true);
+      await eventually(() => expect(guest.numbers).toEqual([...Array(40).keys(), 40, 40]));
+    }
+    const [first] = guests;
+    await first?.leave();
+    await eventually(() => expect(b.io.of("/").sockets.size).toBe(19));
+    b.io.to("red").emit("n", 41);
+    expect(await first?.back(c)).toBe(true);
+    await eventually(() => expect(first?.numbers.at(-1)).toBe(41));
+  });
+
   test("does not give a client what a room heard before it joined", async () => {
     const [a, b] = await recovering();
     await Guest.at(a, ["blue"]);

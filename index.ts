@@ -919,6 +919,8 @@ interface Trail {
   last: number;
   /** The offset with which it came back, if it did. Until it hears of a newer one, this stands for `base`. */
   readonly presented?: string | undefined;
+  /** What was delivered, here and by its former servers. */
+  readonly history: History;
 }
 
 /** A session that waits for its client. */
@@ -929,8 +931,6 @@ interface Session extends SocketSession, Trail {
   readonly gone: number;
   /** Until when it waits (ms, monotonic). */
   readonly until: number;
-  /** What was delivered, here and by its former servers. */
-  readonly history: History;
 }
 /** The same as one server hands it over to another: it waits for so many ms yet. */
 type HandedSession = Omit<Session, "until" | "history"> & { readonly ms: number };
@@ -939,7 +939,7 @@ type MovingSession = Pick<Session, "pid" | "rooms"> & { readonly isMoving?: true
 /** Sessions and packets of one group have the same history. */
 type InGroup = { readonly group: number };
 
-/** What was delivered, in positions of the owner of sessions. Those that were lost here share one, and those that came together. */
+/** What was delivered, in positions of the owner of sessions, which many of them share. */
 interface History {
   /** What was delivered behind a position for any of these rooms, or for everyone. */
   after(position: number, rooms: ReadonlySet<Room>): Delivered[];
@@ -1001,6 +1001,13 @@ class DeliveryLog implements History {
     this.position++;
     if (this.#looseBytes > Math.min(FRAME_SIZE, this.#maxBytes / 16)) this.#flush();
     return this.position;
+  }
+
+  /** Leaves out positions, for packets that are kept elsewhere; gives the one before them. */
+  skip(count: number): number {
+    this.#flush();
+    this.position += count;
+    return this.position - count;
   }
 
   gone(rooms: readonly Room[]): number {
@@ -1096,6 +1103,8 @@ class Sessions {
   readonly #arriving = new Map<SocketId, { readonly session: Session; readonly offset: string }>();
   /** By private id: of clients that are connected. */
   readonly #trails = new Map<string, Trail>();
+  /** Those that have come from other servers and had missed something: when (ms, monotonic), and the position of the last of it. */
+  readonly #returns: { readonly pid: string; readonly trail: Trail; readonly at: number; readonly end: number }[] = [];
 
   constructor(uid: string, maxBytes: number, maxMs: number, follow: Follow) {
     this.#uid = uid;
@@ -1167,15 +1176,12 @@ class Sessions {
     this.#arriving.set(session.sid, { session, offset });
   }
 
-  /**
-   * A socket is connected: gives what its client has missed, with positions where it stands in this server's log; undefined
-   * where that is not known any more.
-   */
-  connected({ id: sid, pid = "" }: Socket): { parts: readonly Part[]; position?: number }[] | undefined {
-    const { position } = this.log;
+  /** A socket is connected: gives what its client has missed; undefined where that is not known any more. */
+  connected({ id: sid, pid = "" }: Socket): Pick<Delivered, "parts" | "position">[] | undefined {
+    const { log } = this;
     const arrival = this.#arriving.get(sid);
     if (!arrival) {
-      this.#trails.set(pid, { sid, owner: this.#uid, base: position, last: position });
+      this.#trails.set(pid, { sid, owner: this.#uid, base: log.position, last: log.position, history: log });
       return [];
     }
     const { session, offset } = arrival;
@@ -1183,12 +1189,26 @@ class Sessions {
     this.drop(session);
     const since = missedSince(session, offset);
     if (since === undefined) return undefined;
-    const isOwn = session.history === this.log;
-    const base = isOwn ? since : position;
-    this.#trails.set(pid, { sid, owner: this.#uid, base, last: base, presented: offset });
     const rooms = new Set(session.rooms);
     const missed = session.history.after(since, rooms).filter(({ except }) => !except.some((room) => rooms.has(room)));
-    return missed.map(({ parts, position }) => (isOwn ? { parts, position } : { parts }));
+    const isOwn = session.history === log;
+    const base = isOwn ? since : log.skip(missed.length);
+    const trail = { sid, owner: this.#uid, presented: offset, base, last: base, history: log };
+    this.#trails.set(pid, trail);
+    if (isOwn || missed.length === 0) return missed;
+    // What was delivered elsewhere has positions here, but no place in the log: many clients may have missed the same.
+    const own = missed.map((packet, i) => ({ ...packet, position: base + i + 1, rooms: [sid], except: [] }));
+    const history: History = {
+      after: (position, rooms) => [
+        ...own.filter((packet) => packet.position > position),
+        ...log.after(position, rooms),
+      ],
+      gone: (rooms) => log.gone(rooms),
+    };
+    const returned = { ...trail, history };
+    this.#trails.set(pid, returned);
+    this.#returns.push({ pid, trail: returned, at: performance.now(), end: base + own.length });
+    return own;
   }
 
   /** A socket has gone. One that was never connected leaves its session as it found it. */
@@ -1202,7 +1222,7 @@ class Sessions {
   /** A client is lost. */
   persist(session: SocketSession): void {
     const trail = this.#trails.get(session.pid);
-    const lost = { lostAt: this.log.position, gone: 0, until: performance.now() + this.#maxMs, history: this.log };
+    const lost = { lostAt: this.log.position, gone: 0, until: performance.now() + this.#maxMs };
     if (trail) this.keep({ ...session, ...trail, ...lost });
   }
 
@@ -1230,6 +1250,12 @@ class Sessions {
     const sessions = this.#kept.values().filter((session) => "until" in session);
     const lostAt = sessions.reduce((first, { until }) => Math.min(first, until - this.#maxMs), now);
     this.log.expire(lostAt - UNNOTICED, (room) => rooms.has(room) || this.pinned.has(room));
+    while ((this.#returns[0]?.at ?? now) < now - UNNOTICED) {
+      const { pid, trail, end } = this.#returns.shift()!;
+      // It has read what it had missed, or its connection would be known to be dead.
+      if (this.#trails.get(pid) !== trail) continue;
+      this.#trails.set(pid, { ...trail, base: end, presented: undefined, history: this.log });
+    }
   }
 
   #unpin(rooms: readonly Room[]): void {
@@ -1477,7 +1503,7 @@ class Recovery {
     let position = isKept && frame ? log.note(frame) + first : log.position;
     return packets().map((encoded) => {
       const parts = asParts(encoded);
-      if (isKept) position = frame ? position + 1 : log.add(this.#routeTo(target), parts, origin);
+      if (isKept) position = frame ? position + 1 : log.add(this.#routes.packets(optionsOf(target)), parts, origin);
       return this.#stamp(parts, this.sessions.wrote(sockets, position));
     });
   }
@@ -1494,11 +1520,9 @@ class Recovery {
    * loses its connection between the two keeps it, and gets it twice.
    */
   readonly #onConnect = (socket: Socket): void => {
-    const { log } = this.sessions;
-    const own = { sender: this.#node.uid, number: 0 };
     const missed = this.sessions.connected(socket);
     if (!missed) return socket.client.conn.close(); // middlewares took too long: it begins anew
-    for (const { parts, position = log.add(this.#routeTo(socket.id), parts, own) } of missed) {
+    for (const { parts, position } of missed) {
       const stamped = this.#stamp(parts, this.sessions.wrote([socket], position));
       socket.client.writeToEngine(stamped, { preEncoded: true });
     }
@@ -1523,10 +1547,6 @@ class Recovery {
     socket.client.conn.close();
   }
 
-  #routeTo(target: Target): Destination {
-    return this.#routes.packets(typeof target === "string" ? { rooms: new Set([target]) } : target);
-  }
-
   #stamp(parts: readonly Part[], offset: string): unknown[] {
     const [text] = parts;
     if (this.#pastes && typeof text === "string") return [`${text.slice(0, -1)},"${offset}"]`, ...parts.slice(1)];
@@ -1534,6 +1554,9 @@ class Recovery {
     return this.#nsp.server.encoder.encode({ ...packet, data: [...packet.data, offset] });
   }
 }
+
+const optionsOf = (target: Target): BroadcastOptions =>
+  typeof target === "string" ? { rooms: new Set([target]) } : target;
 
 /** Whether the client of a connection answers a ping within 300 ms. */
 async function answersPing(conn: EngineConnection): Promise<boolean> {
