@@ -90,6 +90,23 @@ interface Node extends Host {
 }
 type Options = Partial<AdapterOptions>;
 const amqpConnection = () => connect(broker.url);
+/** Opens connections on which a key is bound 300 ms late. */
+const bindingLate = (late: string) => async () => {
+  const connection = await connect(broker.url);
+  const { createChannel } = connection;
+  connection.createChannel = async (options) => {
+    const channel = await createChannel.call(connection, options);
+    for (const bind of ["bindQueue", "bindExchange"] as const) {
+      const method = channel[bind];
+      channel[bind] = async (to: string, from: string, key: string, args?: unknown) => {
+        if (key === late) await Bun.sleep(300);
+        return method.call(channel, to, from, key, args);
+      };
+    }
+    return channel;
+  };
+  return connection;
+};
 /** The broker's URL, which may be one without a user, with other parts. */
 const urlWith = (parts: Partial<URL>): string => Object.assign(new URL(broker.url), parts).href;
 
@@ -486,6 +503,17 @@ describe("order", () => {
     for (const { heard } of Object.values(people))
       for (const { port } of nodes)
         expect(heard.filter(([, sender]) => sender === port).map(([, , i]) => i)).toEqual(numbers);
+  });
+
+  test("what disconnect handlers of another namespace emit as the server closes arrives", async () => {
+    const { a, people } = await crew();
+    const chat = a.io.of("/chat");
+    chat.on("connection", (socket) => socket.on("disconnect", () => a.io.to("blue").emit("left", "/chat")));
+    await join(a, [], "/chat");
+    const { bob, cat } = people;
+    const left = [bob, cat].map(({ client }) => received(client, "left"));
+    await a.io.close();
+    await Promise.all(left);
   });
 
   test("what is emitted just before the server closes still arrives", async () => {
@@ -2606,7 +2634,7 @@ describe("a simulation of senders and receivers", () => {
 
     wants = (rooms: number[]): boolean => rooms.length === 0 || rooms.some((room) => this.#rooms.has(room));
     isBound = ({ keys }: Message): boolean => keys.some((key) => this.#keys.has(key));
-    predecessors = (frame: Frame, hasNot?: (number: number) => boolean): readonly number[] =>
+    predecessors = (frame: Frame, hasNot: (number: number) => boolean = () => true): readonly number[] =>
       predecessorsOf(frame, (digest) => this.#digests.has(digest), hasNot);
 
     heal(): void {
@@ -2852,7 +2880,8 @@ describe("a publisher", () => {
     emit(publisher, "red");
     for (let i = 0; i < 10; i++) emit(publisher, `room${i}`, "", true);
     emit(publisher, "blue");
-    expect(predecessorsOf(readFrame(bodies.at(-1)!), () => true)).toEqual([1]);
+    const isTrue = () => true;
+    expect(predecessorsOf(readFrame(bodies.at(-1)!), isTrue, isTrue)).toEqual([1]);
   });
 
   test("counts what is unconfirmed once, though a connection is lost as soon as it is there", () => {
@@ -3271,6 +3300,93 @@ describe("connection state recovery", () => {
     b.io.to("red").emit("n", 41);
     expect(await first?.back(c)).toBe(true);
     await eventually(() => expect(first?.numbers.at(-1)).toBe(41));
+  });
+
+  test("claims a session once the namespace is bound, though its client is in no room", async () => {
+    const [a, b] = await Promise.all([
+      start({}, { connectionStateRecovery: {} }),
+      start({ amqpConnection: bindingLate("/doc-1") }, { connectionStateRecovery: {} }),
+    ]);
+    await acquainted([a, b]);
+    for (const { io } of [a, b]) io.of(/^\/doc-/);
+    const guest = await Guest.at(a, [], "/doc-1");
+    await guest.leave();
+    const docs = adapterOf(a.io, "/doc-1");
+    await eventually(() => expect(docs.sids.size).toBe(0));
+    const { onMessage } = docs;
+    docs.onMessage = (message, origin) => {
+      onMessage.call(docs, message, origin);
+      if (message.type === "claim") a.io.of("/doc-1").emit("n", 1);
+    };
+    expect(await guest.back(b)).toBe(true);
+    await eventually(() => expect(guest.numbers).toEqual([1]));
+  });
+
+  test("gives what a sender emitted that closed meanwhile once", async () => {
+    const [a, b] = await Promise.all([
+      start({}, { connectionStateRecovery: {} }),
+      start({ amqpConnection: bindingLate("/#blue") }, { connectionStateRecovery: {} }),
+    ]);
+    await acquainted([a, b]);
+    await Guest.at(b, ["red"]);
+    await settled();
+    const guest = await Guest.at(a, ["red", "blue"]);
+    await guest.leave();
+    await noticed(a);
+    const emitter = createEmitter({ amqpConnection, prefix });
+    await emitter.ready;
+    const back = guest.back(b);
+    await Bun.sleep(100); // it waits until blue is bound
+    emitter.to("red").emit("n", 1);
+    await emitter.close();
+    expect(await back).toBe(true);
+    b.io.to("red").emit("n", 2);
+    await eventually(() => expect(guest.numbers.at(-1)).toBe(2));
+    expect(guest.numbers).toEqual([1, 2]);
+  });
+
+  test("keeps a namespace open while a client waits for its session, though another one goes", async () => {
+    const server = { connectionStateRecovery: {}, cleanupEmptyChildNamespaces: true };
+    const link = await Proxy.open(broker.port);
+    const far = () => connect(`amqp://guest:guest@127.0.0.1:${link.port}`);
+    const [a, b] = await Promise.all([start({}, server), start({ amqpConnection: far }, server)]);
+    closers.push(async () => {
+      await b.io.close();
+      link.close();
+    });
+    await acquainted([a, b]);
+    for (const { io } of [a, b]) io.of(/^\/doc-/);
+    await join(a, [], "/doc-1");
+    const guest = await Guest.at(a, ["red"], "/doc-1");
+    const other = await join(b, [], "/doc-1");
+    await guest.leave();
+    await eventually(() => expect(a.io.of("/doc-1").sockets.size).toBe(1));
+    link.latency = 100;
+    const back = guest.back(b);
+    await Bun.sleep(100);
+    other.client.disconnect();
+    expect(await back).toBe(true);
+    link.latency = 0;
+  });
+
+  test("opens no namespace while the server closes", async () => {
+    const link = await Proxy.open(broker.port);
+    const far = () => connect(`amqp://guest:guest@127.0.0.1:${link.port}`);
+    const server = { connectionStateRecovery: {} };
+    const [a, b] = await Promise.all([start({ amqpConnection: far }, server), start({}, server)]);
+    await acquainted([a, b]);
+    a.io.of(/^\/doc-/);
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await noticed(a);
+    link.latency = 100;
+    const closed = a.adapter.close(); // hands the session over
+    await join(a, [], "/doc-9");
+    await closed;
+    link.latency = 0;
+    await eventually(async () => expect(await queues()).toHaveLength(1));
+    expect(await guest.back(b)).toBe(true);
+    link.close();
   });
 
   test("does not give a client what a room heard before it joined", async () => {

@@ -11,13 +11,13 @@
  * place in the cluster) · receiving · sending · bindings · connections · the wire · values · names.
  *
  * Words:
- *   packet       what one emit sends, encoded by the server's parser; a message is the same between servers (a join, a question)
+ *   packet       what one emit sends to clients, in the parser's encoding; a message is what servers send each other (a join)
  *   section      consecutive packets for the same rooms
  *   frame        an AMQP message with the sections of one namespace; numbered by its sender, unless it is volatile
  *   floor        every number up to it is confirmed by the broker
- *   predecessor  an unconfirmed frame before a frame, which names it
+ *   predecessor  an earlier, unconfirmed frame that a frame names
  *   log          frames that are kept: a publisher's, to be sent again (users say journal), or a namespace's, for lost clients
- *   stream       what has come of one peer; its cursor: every number up to it has come, was for others, or is lost
+ *   stream       the frames that came from one peer; its cursor: every number up to it has come, was for others, or is lost
  *   catch-up     a stream that may have missed frames holds those that come until the peer has sent the others again
  *   session      a lost client's rooms and data, which wait for it; it moves while another server hands it over, or its client is
  *                being connected; a position: how many packets a server had delivered
@@ -38,6 +38,7 @@ import type { Socket as TcpSocket } from "node:net";
 import { debuglog } from "node:util";
 import type { Channel, ChannelModel, ConsumeMessage, Options, RecoveringChannelModel } from "amqplib";
 import { Adapter, type BroadcastFlags, type BroadcastOptions, type Room, type SocketId } from "socket.io-adapter";
+import type { Session as Restored } from "socket.io-adapter";
 
 /** Set `NODE_DEBUG=socket.io-amqp0` to see each error, also those that are handled or reported only once. */
 const debug = debuglog("socket.io-amqp0");
@@ -134,7 +135,7 @@ export interface AdapterOptions extends NodeOptions {
    */
   recoveryBytes?: number;
   /**
-   * Arguments for the server's queue. With a limit of its length the broker drops messages, and nobody hears of it.
+   * Arguments for the server's queue. With a length limit the broker drops messages without a report.
    * @default {}
    */
   queueArguments?: Record<string, unknown>;
@@ -383,7 +384,7 @@ const ACK = 3;
 const EVERYONE: BroadcastOptions = { rooms: new Set() };
 /** Names that Socket.IO keeps for itself: a client's parser refuses the packet and closes its connection. */
 const RESERVED_EVENTS = /^(connect|connect_error|disconnect|disconnecting|newListener|removeListener)$/;
-/** The same for events between servers. */
+/** Reserved for events between servers. */
 const SERVER_EVENTS = /^(connect|connection|new_namespace)$/;
 
 /** Packets for a room, or for options. */
@@ -393,11 +394,12 @@ type Target = string | BroadcastOptions;
 interface Delivery {
   readonly sockets: Socket[];
   readonly target: Target;
-  readonly origin: Origin | Frame;
-  /** How many packets stand before them in the frame that brought them. */
+  readonly origin: Origin;
+  /** The frame that brought them, if one did, and how many packets stand before them in it. */
+  readonly frame?: Frame;
   readonly first?: number;
   packets(): unknown[][];
-  /** The packet, if this server has encoded it: then there is only one. */
+  /** The packet before it was encoded, where this server did that: then there is only one. */
   readonly decoded?: Packet;
 }
 
@@ -470,7 +472,7 @@ class BoundAdapter extends Adapter {
     if (!coming || !Object.hasOwn(nsp, "_remove")) return;
     nsp._remove = (socket) => {
       void (sockets.delete(socket.id) || coming.delete(socket.id));
-      if (coming.size === 0) remove.call(nsp, socket);
+      if (coming.size === 0 && !this.recovery?.restoring) remove.call(nsp, socket);
     };
   }
 
@@ -494,14 +496,14 @@ class BoundAdapter extends Adapter {
 
 /** The local side of a namespace: its sockets, what is written to them, and what peers ask of them. */
 class LocalAdapter extends BoundAdapter {
-  /** Clients that took packets when this turn of the event loop began, as far as that was asked. */
+  /** Connections that were found writable in this turn of the event loop. */
   readonly #writable = new Set<EngineConnection>();
 
   /** @internal Packets of a peer, handed to the local sockets as they are. */
-  onPackets(section: Section, origin: Frame): void {
+  onPackets(section: Section, frame: Frame): void {
     const target = targetOf(section);
     const packets = () => takePackets(section);
-    this.#write({ sockets: this.localSockets(target), target, origin, first: section.first, packets });
+    this.#write({ sockets: this.localSockets(target), target, origin: frame, frame, first: section.first, packets });
   }
 
   /** Delivers a packet to the local sockets; returns it encoded. */
@@ -538,7 +540,7 @@ class LocalAdapter extends BoundAdapter {
     }
   }
 
-  /** A peer's packets of several turns come in one: of those that are volatile Socket.IO would drop all but the first. */
+  /** One frame may bring packets of several turns: of the volatile ones Socket.IO would drop all but the first. */
   #takesVolatile(conn: EngineConnection): boolean {
     if (this.#writable.has(conn)) return true;
     if (!conn.transport.writable) return false;
@@ -564,38 +566,38 @@ class LocalAdapter extends BoundAdapter {
   }
 
   /** An acknowledged broadcast of a peer. Socket.IO's own asks no more clients once an outgoing listener throws. */
-  protected answerBroadcast(message: Message & { type: "broadcast" }, answer: (value: Answer) => void): void {
+  protected answerBroadcast(message: Message & { type: "broadcast" }, from: string): void {
     const { id } = message;
     const target = fromWire(message.opts);
     const sockets = this.localSockets(target);
     const data = eventOf(decode(this.nsp, message.packet).data);
     const packet = { type: EVENT, nsp: this.nsp.name, id: this.nsp._ids++, data };
     const packets = () => [this.nsp.server.encoder.encode(packet)];
-    const onAck = (...values: unknown[]) => answer({ type: "ack", id, packet: this.tryEncode(ACK, values) });
-    answer({ type: "clients", id, count: sockets.length });
+    const onAck = (...values: unknown[]) => this.answer(from, { type: "ack", id, packet: this.tryEncode(ACK, values) });
+    this.answer(from, { type: "clients", id, count: sockets.length });
     for (const { acks } of sockets) acks.set(packet.id, onAck);
     this.#write({ sockets, target, origin: FOREIGN, packets, decoded: packet });
-    // Socket.IO would wait for the answers of these clients until they disconnect. One may be a second late.
+    // Socket.IO would keep these callbacks until the clients disconnect. An answer may be a second late.
     setTimeout(() => {
       for (const { acks } of sockets) acks.delete(packet.id);
     }, message.timeout + 1_000).unref();
   }
 
   /** Answers with a list, in parts of a bounded size. */
-  protected answerList(id: string, list: readonly unknown[], answer: (value: Answer) => void): void {
+  protected answerList(id: string, list: readonly unknown[], to: string): void {
     let items: unknown[] = [];
     let size = 0;
     for (const item of list) {
       const itemSize = lengthOf(item);
       if (size > 0 && size + itemSize > this.node.settings.maxPayload / 4) {
-        answer({ type: "items", id, items, more: true });
+        this.answer(to, { type: "items", id, items, more: true });
         items = [];
         size = 0;
       }
       items.push(item);
       size += itemSize;
     }
-    answer({ type: "items", id, items, more: false });
+    this.answer(to, { type: "items", id, items, more: false });
   }
 
   /** Undefined where the parser does not take it. */
@@ -605,7 +607,7 @@ class LocalAdapter extends BoundAdapter {
     return this.#reportThrown("A packet cannot be encoded for other servers", encode);
   }
 
-  /** What cannot be encoded is left out. */
+  /** A value that cannot be encoded is left out. */
   protected answer(to: string, value: Answer): void {
     const parts = this.#reportThrown("An answer cannot be sent to another server", () => encodeValue(value));
     this.node.sender.add(this.routes.direct(to), parts ?? encodeValue({ ...value, value: null, items: [] }));
@@ -641,7 +643,8 @@ class LocalAdapter extends BoundAdapter {
 export class AmqpAdapter extends LocalAdapter implements Tenant {
   /** @internal */
   readonly opened: PromiseWithResolvers<void> = Promise.withResolvers<void>();
-  #closing: Promise<void> | undefined;
+  /** @internal */
+  closing: Promise<void> | undefined;
 
   /** Made by what `createAdapter()` returns. */
   constructor(nsp: Namespace, node: Node) {
@@ -679,7 +682,7 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
   }
 
   override close(): Promise<void> {
-    return (this.#closing ??= Promise.resolve(this.recovery?.close()).then(() => this.node.leave(this)));
+    return (this.closing ??= Promise.resolve(this.recovery?.close()).then(() => this.node.leave(this)));
   }
 
   override serverCount(): Promise<number> {
@@ -694,13 +697,13 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
 
   /** The other servers that have this namespace open. */
   get #peers(): string[] {
-    return this.#closing ? [] : this.node.membership.serversOf(this.nsp.name);
+    return this.closing ? [] : this.node.membership.serversOf(this.nsp.name);
   }
 
   override broadcast(packet: Packet, opts: BroadcastOptions): void {
     const parts = this.broadcastLocally(packet, opts, { sender: this.uid, number: 0 });
-    // With an id it is of a socket whose client answers.
-    if (packet.id === undefined && !opts.flags?.local && !this.#closing)
+    // One with an id is from `socket.emit()` with a callback: its client answers.
+    if (packet.id === undefined && !opts.flags?.local && !this.node.closing)
       this.node.sender.add(this.routes.packets(opts), parts);
   }
 
@@ -772,7 +775,7 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
     const values: unknown[] = [];
     const question = (id: string): Message => ({ type: "emit", id, args: args.slice(0, -1) });
     const take = (message: Answer) => message.type === "answer" && values.push(message.value) > 0;
-    // Deferred: what the callback throws is the user's, and no rejection.
+    // Deferred: what the callback throws must not reject this promise.
     const done = (late: Error | null) => queueMicrotask(() => callback(late, values));
     void this.#ask("serverSideEmit", question, { take }).then(done);
   }
@@ -787,12 +790,11 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
   }
 
   #send(message: Message): void {
-    if (!this.#closing) this.node.sender.add(this.routes.message(message), encodeValue(message));
+    if (!this.node.closing) this.node.sender.add(this.routes.message(message), encodeValue(message));
   }
 
   /** @internal A message of a peer, an emitter or a foreign client. */
   onMessage(message: Message, { sender: from, number }: Origin): void {
-    const answer = (value: Answer) => this.answer(from, value);
     switch (message.type) {
       case "packet": {
         const packet = { type: EVENT, nsp: this.nsp.name, data: eventOf(message.data) };
@@ -808,20 +810,21 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
         const { id, args } = message;
         if (id === undefined) return this.nsp._onServerSideEmit(args);
         // Of what the listeners answer, the peer takes the first.
-        return this.nsp._onServerSideEmit([...args, (value: unknown) => answer({ type: "answer", id, value })]);
+        const onAnswer = (value: unknown) => this.answer(from, { type: "answer", id, value });
+        return this.nsp._onServerSideEmit([...args, onAnswer]);
       }
       case "fetch": {
         const { settings, reports } = this.node;
         const details = (socket: Socket) => detailsOf(socket, settings.maxPayload / 4, reports.report);
-        return this.answerList(message.id, this.localSockets(fromWire(message.opts)).map(details), answer);
+        return this.answerList(message.id, this.localSockets(fromWire(message.opts)).map(details), from);
       }
       case "broadcast":
-        return this.answerBroadcast(message, answer);
+        return this.answerBroadcast(message, from);
       case "find":
       case "claim":
       case "offer":
-        if (!this.recovery) return this.answerList(message.id, [], answer);
-        return void this.recovery.onMessage(message, from, (list) => this.answerList(message.id, list, answer));
+        if (!this.recovery) return this.answerList(message.id, [], from);
+        return void this.recovery.onMessage(message, from, (list) => this.answerList(message.id, list, from));
       default:
         this.node.requests.onAnswer(message, from);
     }
@@ -829,7 +832,7 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
 }
 
 const targetOf = ({ kind, head }: Section): Target =>
-  kind === SectionKind.Room ? head : kind === SectionKind.Options ? packetsHead(head) : EVERYONE;
+  kind === SectionKind.Room ? head : kind === SectionKind.Options ? parseHead(head) : EVERYONE;
 
 function decode({ server }: OpenNamespace, parts: readonly unknown[]): Packet {
   const decoder = new server._parser.Decoder({ maxAttachments: Infinity });
@@ -851,7 +854,7 @@ const takingLists = (take: ListTaker): Answers => ({
   },
 });
 
-/** What a peer learns of a socket, in at most `max` bytes of each part. What cannot be sent is left out, and reported by its key. */
+/** A socket as peers see it, in at most `max` bytes. Values that cannot be sent are left out, and reported by their keys. */
 function detailsOf({ id, handshake, rooms, data }: Socket, max: number, report: (error: Error) => void): unknown {
   const { sessionStore: _, ...rest } = handshake; // may hold circular references
   const details = { id, handshake: rest, rooms: [...rooms], data };
@@ -862,13 +865,13 @@ function detailsOf({ id, handshake, rooms, data }: Socket, max: number, report: 
     if (!isRecord(value)) left.push(name);
     const entries = isRecord(value) ? Object.entries(value) : [];
     const kept = Object.fromEntries(entries.filter(([, part]) => lengthOf(part) <= max / 2));
-    const all = lengthOf(kept) <= max / 2 ? kept : {};
-    left.push(...entries.filter(([key]) => !(key in all)).map(([key]) => `${name}.${key}`));
-    return all;
+    const fitting = lengthOf(kept) <= max / 2 ? kept : {};
+    left.push(...entries.filter(([key]) => !(key in fitting)).map(([key]) => `${name}.${key}`));
+    return fitting;
   };
   const sent = { id, handshake: sendable("handshake", rest), rooms: [...rooms], data: sendable("data", data) };
   const what = `${left.join(", ")} cannot be sent to another server: not JSON, or over ${max / 2} bytes together`;
-  report(new Error(`Of socket ${id}, ${what}`));
+  report(new Error(`Of socket '${id}', ${what}`));
   return { ...sent, handshake: { headers: {}, query: {}, auth: {}, ...(sent.handshake as object) } };
 }
 
@@ -889,19 +892,12 @@ function eventOf(data: unknown[]): unknown[] {
 
 // ── Recovery: sessions of clients that lost their connection, kept until they come back to any server ────────────────
 
-/** What Socket.IO hands over when a client is lost, and takes back when it returns. */
-interface SocketSession {
-  readonly sid: SocketId;
-  /** The private id, by which the client names its session. */
-  readonly pid: string;
-  readonly rooms: Room[];
-  readonly data: unknown;
-}
-type Restored = SocketSession & { missedPackets: unknown[][] };
+/** What Socket.IO hands over when a client is lost, and takes back when it returns: `pid` is the client's private id. */
+type SocketSession = Readonly<Omit<Restored, "missedPackets">>;
 
 /** A packet that was delivered in a namespace, and to whom. */
 interface Delivered extends Origin {
-  /** How many packets its server had delivered with it. */
+  /** Its server's position just after it. */
   readonly position: number;
   /** Everyone, if there are no rooms. */
   readonly rooms: readonly Room[];
@@ -934,14 +930,14 @@ interface Session extends SocketSession, Trail {
 }
 /** The same as one server hands it over to another: it waits for so many ms yet. */
 type HandedSession = Omit<Session, "until" | "history"> & { readonly ms: number };
-/** One that another server hands over. `isMoving`: not now, for it moves there too; that server is asked again. */
+/** One that another server hands over. `isMoving`: it is still on its way to that server, which is asked again. */
 type MovingSession = Pick<Session, "pid" | "rooms"> & { readonly isMoving?: true };
 /** Sessions and packets of one group have the same history. */
 type InGroup = { readonly group: number };
 
 /** What was delivered, in positions of the owner of sessions, which many of them share. */
 interface History {
-  /** What was delivered behind a position for any of these rooms, or for everyone. */
+  /** What was delivered after a position for any of these rooms, or for everyone. */
   after(position: number, rooms: ReadonlySet<Room>): Delivered[];
   /** The position of the latest packet for these rooms that is no longer there. */
   gone(rooms: readonly Room[]): number;
@@ -952,10 +948,10 @@ type Follow = (rooms: Iterable<Room>) => Promise<void> | void;
 
 /** For how many ms a connection may have been dead before its client is known to be lost: Socket.IO's default is 45 s. */
 const UNNOTICED = 60_000;
-/** A position behind all others. */
+/** A position after all others. */
 const LAST = Number.MAX_SAFE_INTEGER;
 
-/** What a server has delivered in a namespace, as frames: those of peers as they came, with their position for a floor. */
+/** What a server has delivered in a namespace, as frames: copies of peers' frames, with the position in place of the floor. */
 class DeliveryLog implements History {
   /** How many packets there were. */
   position = 0;
@@ -964,8 +960,8 @@ class DeliveryLog implements History {
   /** The peer's frame that came last, and the position before it. */
   #noted: Frame | undefined;
   #base = 0;
-  /** Packets that are in no frame of this log yet, for they did not come as one, and where all of them are from. */
-  #loose: Waiting[] = [];
+  /** Packets that did not come in a frame and are in none of this log yet, their bytes, and the one origin of all of them. */
+  #loose: Pick<Waiting, "to" | "parts">[] = [];
   #looseBytes = 0;
   #origin: Origin = FOREIGN;
   /** Per room, and for everyone: the highest position that is no longer in the log. */
@@ -996,14 +992,14 @@ class DeliveryLog implements History {
     this.#origin = origin;
     let bytes = to.head.length;
     for (const part of parts) bytes += part.length;
-    this.#loose.push({ to, parts, bytes, at: 0 });
+    this.#loose.push({ to, parts });
     this.#looseBytes += bytes;
     this.position++;
     if (this.#looseBytes > Math.min(FRAME_SIZE, this.#maxBytes / 16)) this.#flush();
     return this.position;
   }
 
-  /** Leaves out positions, for packets that are kept elsewhere; gives the one before them. */
+  /** Reserves positions for packets that are kept elsewhere; gives the position before them. */
   skip(count: number): number {
     this.#flush();
     this.position += count;
@@ -1064,7 +1060,7 @@ class DeliveryLog implements History {
       const position = frame.floor + (sections[i + 1]?.first ?? frame.packets);
       const to = recipientsOf(section);
       if (to?.rooms.length === 0) this.#goneForAll = position;
-      for (const room of to?.rooms ?? []) this.#gone.set(room, position);
+      for (const room of to?.rooms ?? []) this.#gone.set(this.#gone.has(room) ? room : detached(room), position);
     }
     this.#frames.forget();
   }
@@ -1103,8 +1099,8 @@ class Sessions {
   readonly #arriving = new Map<SocketId, { readonly session: Session; readonly offset: string }>();
   /** By private id: of clients that are connected. */
   readonly #trails = new Map<string, Trail>();
-  /** Those that have come from other servers and had missed something: when (ms, monotonic), and the position of the last of it. */
-  readonly #returns: { readonly pid: string; readonly trail: Trail; readonly at: number; readonly end: number }[] = [];
+  /** Clients that came from other servers and had missed packets: when (ms, monotonic), and the last one's position here. */
+  readonly #returns = new Map<string, { readonly at: number; readonly end: number }>();
 
   constructor(uid: string, maxBytes: number, maxMs: number, follow: Follow) {
     this.#uid = uid;
@@ -1128,7 +1124,7 @@ class Sessions {
     return session !== undefined && !this.#isWaiting(session);
   }
 
-  /** A session that waits. With an offset only if that is known, and what was missed behind it. */
+  /** A session that waits. With an offset only if that is known, and what was missed after it. */
   find(pid: string, offset?: string): Session | undefined {
     const session = this.#kept.get(pid);
     if (!session || !this.#isWaiting(session) || session.until <= performance.now()) return undefined;
@@ -1143,7 +1139,7 @@ class Sessions {
     if (before) this.#unpin(before.rooms);
   }
 
-  /** The session is not here any more, or does not come; one that has taken its place stays. */
+  /** Removes a session that has left or did not arrive; a newer one of the same client stays. */
   drop(session: Session | MovingSession): void {
     if (this.#kept.get(session.pid) !== session) return;
     this.#kept.delete(session.pid);
@@ -1197,18 +1193,15 @@ class Sessions {
     this.#trails.set(pid, trail);
     if (isOwn || missed.length === 0) return missed;
     // What was delivered elsewhere has positions here, but no place in the log: many clients may have missed the same.
-    const own = missed.map((packet, i) => ({ ...packet, position: base + i + 1, rooms: [sid], except: [] }));
+    const own = (first: number) =>
+      missed.slice(first).map((packet, i) => ({ ...packet, position: base + first + i + 1, rooms: [sid], except: [] }));
     const history: History = {
-      after: (position, rooms) => [
-        ...own.filter((packet) => packet.position > position),
-        ...log.after(position, rooms),
-      ],
+      after: (position, rooms) => [...own(position - base), ...log.after(position, rooms)],
       gone: (rooms) => log.gone(rooms),
     };
-    const returned = { ...trail, history };
-    this.#trails.set(pid, returned);
-    this.#returns.push({ pid, trail: returned, at: performance.now(), end: base + own.length });
-    return own;
+    this.#trails.set(pid, { ...trail, history });
+    this.#returns.set(pid, { at: performance.now(), end: base + missed.length });
+    return own(0);
   }
 
   /** A socket has gone. One that was never connected leaves its session as it found it. */
@@ -1217,6 +1210,7 @@ class Sessions {
     this.#arriving.delete(sid);
     if (arrival) this.keep(arrival.session);
     this.#trails.delete(pid);
+    this.#returns.delete(pid);
   }
 
   /** A client is lost. */
@@ -1226,7 +1220,7 @@ class Sessions {
     if (trail) this.keep({ ...session, ...trail, ...lost });
   }
 
-  /** Gives sessions away, with what their clients have missed behind an offset, or behind whatever they may present. */
+  /** Gives sessions away, with what their clients have missed after an offset, or after whatever they may present. */
   giveAway(pids: readonly string[], offset: string | undefined): (InGroup & (HandedSession | Delivered))[] {
     const now = performance.now();
     const given = pids.flatMap((pid) => this.find(pid, offset) ?? []);
@@ -1250,11 +1244,12 @@ class Sessions {
     const sessions = this.#kept.values().filter((session) => "until" in session);
     const lostAt = sessions.reduce((first, { until }) => Math.min(first, until - this.#maxMs), now);
     this.log.expire(lostAt - UNNOTICED, (room) => rooms.has(room) || this.pinned.has(room));
-    while ((this.#returns[0]?.at ?? now) < now - UNNOTICED) {
-      const { pid, trail, end } = this.#returns.shift()!;
+    for (const [pid, { at, end }] of this.#returns) {
+      if (at > now - UNNOTICED) break;
+      this.#returns.delete(pid);
+      const trail = this.#trails.get(pid);
       // It has read what it had missed, or its connection would be known to be dead.
-      if (this.#trails.get(pid) !== trail) continue;
-      this.#trails.set(pid, { ...trail, base: end, presented: undefined, history: this.log });
+      if (trail) this.#trails.set(pid, { ...trail, base: end, presented: undefined, history: this.log });
     }
   }
 
@@ -1277,7 +1272,7 @@ function positionOf(offset: string, { owner, base, last, presented }: Trail): nu
   return isGiven ? position : undefined;
 }
 
-/** Behind which position a client's missed packets are, by the offset that it presents; undefined where they are not known. */
+/** After which position a client has missed packets, by the offset that it presents; undefined where they are not known. */
 function missedSince(session: Session, offset: string): number | undefined {
   const position = positionOf(offset, session);
   // A client that has the last packet which was written to it has missed only what came after its loss.
@@ -1326,14 +1321,14 @@ class Handover {
     const found = pid === undefined ? this.#sessions.waiting : [this.#sessions.find(pid, offset) ?? []].flat();
     return found.flatMap((session) => {
       if (lengthOf(session.data) < Infinity) return { pid: session.pid, rooms: session.rooms };
-      const message = `The data of socket ${session.sid} cannot be sent to another server: its client begins anew there`;
+      const message = `The data of socket '${session.sid}' cannot be sent to another server: its client begins anew there`;
       this.#node.reports.report(new TypeError(message));
       if (this.isClosing) this.#sessions.drop(session); // the others are offered without it
       return [];
     });
   }
 
-  /** A peer claims sessions: they are its own from here on, and all that is delivered later comes to it. */
+  /** A peer claims sessions: they are its own from here on. Answered at once: what is emitted later must follow the answer. */
   onClaim(pids: readonly string[], offset: string | undefined): unknown[] {
     const heard = this.#node.membership.heard();
     return heard ? [{ heard }, ...this.#sessions.giveAway(pids, offset)] : [];
@@ -1358,9 +1353,9 @@ class Handover {
    * Takes sessions over: binds their rooms, then claims them. Resolves with true where another server is taking them over just
    * now, so that the caller asks again.
    *
-   * The answer stands in the stream of the peer's frames, and the claim in this server's: so what the peer has emitted comes
-   * before the answer if it is in it, and what this server has emitted is in the answer if that was before the claim. Of all
-   * others' frames the answer tells up to which number they are in it.
+   * Frames of one sender stay in order. So the answer holds what the peer has emitted, if that comes here before the answer,
+   * and what this server has emitted, if that was before the claim. For each other sender the answer says up to which frame's
+   * number it holds its packets.
    */
   async takeOver(peers: string[], until: number, pid?: string, offset?: string): Promise<boolean> {
     const sessions: MovingSession[] = [];
@@ -1380,18 +1375,22 @@ class Handover {
     const { log } = this.#sessions;
     const begin = log.position;
     for (const session of sessions) this.#sessions.keep(session);
-    const live = this.#sessions.follow(sessions.flatMap(({ rooms }) => rooms));
-    await within(until - performance.now(), Promise.resolve(live));
+    // The namespace too: a client may be in no room that has a key.
+    const live = [
+      this.#node.receiver.follow(namespaceKey(this.#nsp)),
+      this.#sessions.follow(sessions.flatMap(({ rooms }) => rooms)),
+    ];
+    await within(until - performance.now(), Promise.all(live));
     const pids = sessions.map(({ pid }) => pid);
     const claim = (id: string): Message => ({ type: "claim", id, pids, offset });
     for (let isTaken = false; !isTaken && performance.now() < until && this.#peers().includes(from);) {
       const items: unknown[] = [];
       const claimedAt = log.position;
       const take: ListTaker = (list, _, isLast) => {
-        items.push(...list);
+        for (const item of list) items.push(item); // as arguments they may be too many
         if (isLast) isTaken = this.#inherit(items, from, begin, claimedAt);
       };
-      // Not while frames are held here that may be in the answer: they would come to the client once more.
+      // Not during a catch-up: a frame that is held may be in the answer too, and the client would get it twice.
       if (this.#node.membership.heard()) await this.#ask([from], until, claim, take);
       if (!isTaken) await Bun.sleep(ASK_LATER);
     }
@@ -1412,14 +1411,17 @@ class Handover {
     const now = performance.now();
     const delivered = Map.groupBy(items.filter(isDelivered), ({ group }) => group);
     for (const [group, sessions] of Map.groupBy(items.filter(isHandedSession), ({ group }) => group)) {
-      const came = delivered.get(group) ?? [];
+      const came: Delivered[] = delivered.get(group) ?? [];
+      const all = new Set(sessions.flatMap(({ rooms }) => rooms));
+      let end = begin;
       const history: History = {
         after(since, rooms) {
-          const later = log.after(begin, rooms).filter(isLater);
-          const earlier = came.filter((packet) => packet.position > since && isForSome(rooms, packet));
-          return [...earlier, ...later.map((packet) => ({ ...packet, position: LAST }))];
+          // What was delivered here meanwhile is read once for all of them.
+          for (const packet of log.after(end, all)) if (isLater(packet)) came.push({ ...packet, position: LAST });
+          end = log.position;
+          return came.filter((packet) => packet.position > since && isForSome(rooms, packet));
         },
-        gone: (rooms) => (log.gone(rooms) > begin ? LAST : 0),
+        gone: (rooms) => (log.gone(rooms) > end ? LAST : 0),
       };
       for (const { ms, ...session } of sessions) this.#sessions.keep({ ...session, until: now + ms, history });
     }
@@ -1433,7 +1435,11 @@ class Handover {
 
   /** Asks servers, each of which answers with a list, in parts. */
   #ask(peers: string[], until: number, question: (id: string) => Message, take: ListTaker): Promise<unknown> {
-    const send = (id: string) => this.#node.sendTo(peers, this.#nsp, question(id));
+    const { sender } = this.#node;
+    const send = (id: string) => {
+      const parts = encodeValue(question(id));
+      for (const uid of peers) sender.add(this.#node.routes(this.#nsp).direct(uid), parts);
+    };
     return this.#node.requests.ask(peers, Math.max(until - performance.now(), 0), send, takingLists(take));
   }
 }
@@ -1441,6 +1447,8 @@ class Handover {
 /** Finds the session of a client that comes back, gives it what it has missed, and says in each packet how far it has come. */
 class Recovery {
   readonly sessions: Sessions;
+  /** How many clients wait for their sessions. */
+  restoring = 0;
   readonly #handover: Handover;
   readonly #node: Node;
   readonly #nsp: OpenNamespace;
@@ -1463,19 +1471,12 @@ class Recovery {
 
   /** The session of a client that comes back. Rejects where none waits, or what was missed is not known any more. */
   async restore(pid: string, offset: string): Promise<Restored> {
-    const until = this.#until;
-    let isMoving: boolean;
-    do {
-      await this.#closeOld(pid, offset);
-      isMoving = !this.sessions.find(pid) && (await this.#handover.fetch(pid, offset, until));
-      if (isMoving) await Bun.sleep(ASK_LATER);
-    } while (isMoving && performance.now() < until);
-    const session = this.sessions.find(pid, offset);
-    // A server that closes keeps the client waiting: when its connection ends, it finds its session on another one.
-    if (this.#handover.isClosing) return new Promise(() => {});
-    if (!session) throw new Error("No such session waits here or elsewhere");
-    this.sessions.arrive(session, offset);
-    return { ...session, missedPackets: [] };
+    this.restoring++;
+    try {
+      return await this.#restore(pid, offset);
+    } finally {
+      this.restoring--;
+    }
   }
 
   async onMessage(message: RecoveryMessage, from: string, answer: (list: unknown[]) => void): Promise<void> {
@@ -1485,7 +1486,6 @@ class Recovery {
         const { pid, offset = "" } = message;
         await this.#closeOld(pid ?? "", offset);
         list = this.#handover.onFind(pid, offset);
-        // Answered at once: what is emitted from here on is behind the answer.
       } else if (message.type === "claim") list = this.#handover.onClaim(message.pids, message.offset);
       else if (!this.#handover.isClosing) await this.#handover.takeOver([from], this.#until);
     } catch (error) {
@@ -1495,10 +1495,9 @@ class Recovery {
   }
 
   /** The packets of a delivery, each with an offset, by which the client says how far it has come. Keeps them. */
-  stamped({ sockets, target, origin, first = 0, packets, decoded }: Delivery): unknown[][] {
+  stamped({ sockets, target, origin, frame, first = 0, packets, decoded }: Delivery): unknown[][] {
     if (decoded?.id !== undefined) return packets();
     const { log } = this.sessions;
-    const frame = "body" in origin ? origin : undefined;
     const isKept = frame ? frame.number > 0 : typeof target === "string" || !target.flags?.volatile;
     let position = isKept && frame ? log.note(frame) + first : log.position;
     return packets().map((encoded) => {
@@ -1526,7 +1525,7 @@ class Recovery {
       const stamped = this.#stamp(parts, this.sessions.wrote([socket], position));
       socket.client.writeToEngine(stamped, { preEncoded: true });
     }
-    // It came as Socket.IO had already taken leave of all others.
+    // It was connected after Socket.IO had disconnected all others.
     if (this.#handover.isClosing) queueMicrotask(() => socket._onclose("server shutting down"));
   };
 
@@ -1536,8 +1535,8 @@ class Recovery {
   }
 
   /**
-   * A client that comes back before its loss was noticed still has a connection here, which is closed. One that has presented
-   * this offset before may as well be there, and somebody else presents it again: then it answers a ping.
+   * Closes the old connection of a client that comes back before its loss was noticed. If the client had come back with this
+   * same offset before, it may be there, and the caller may be somebody else: then it is closed only if it answers no ping.
    */
   async #closeOld(pid: string, offset: string): Promise<void> {
     const trail = this.sessions.trailOf(pid, offset);
@@ -1545,6 +1544,22 @@ class Recovery {
     if (!socket || (offset === trail.presented && (await answersPing(socket.client.conn)))) return;
     socket._onclose("transport close");
     socket.client.conn.close();
+  }
+
+  async #restore(pid: string, offset: string): Promise<Restored> {
+    const until = this.#until;
+    let isMoving: boolean;
+    do {
+      await this.#closeOld(pid, offset);
+      isMoving = !this.sessions.find(pid) && (await this.#handover.fetch(pid, offset, until));
+      if (isMoving) await Bun.sleep(ASK_LATER);
+    } while (isMoving && performance.now() < until);
+    const session = this.sessions.find(pid, offset);
+    // A server that closes keeps the client waiting: when its connection ends, it finds its session on another one.
+    if (this.#handover.isClosing) return new Promise(() => {});
+    if (!session) throw new Error("No such session waits here or elsewhere");
+    this.sessions.arrive(session, offset);
+    return { ...session, missedPackets: [] };
   }
 
   #stamp(parts: readonly Part[], offset: string): unknown[] {
@@ -1706,6 +1721,8 @@ interface Tenant {
   readonly key: string;
   /** Its rooms by the routing key of their packets. */
   readonly roomsByKey: ReadonlyMap<string, readonly Room[]>;
+  /** Resolves once it is closed; undefined while it is open. */
+  readonly closing: Promise<void> | undefined;
   /** Settled when the namespace is bound and the other servers are known, or closed. */
   readonly opened: PromiseWithResolvers<void>;
   /** Packets of a peer, encoded by it. */
@@ -1800,7 +1817,7 @@ class Reports extends NodePart {
   compare(uid: string, ours: Shared, theirs: Shared): void {
     for (const [name, value] of Object.entries(ours)) {
       if (theirs[name] === undefined || theirs[name] === value) continue;
-      const values = `${Bun.inspect(value)} here and ${Bun.inspect(theirs[name])} on peer ${uid}`;
+      const values = `${Bun.inspect(value)} here and ${Bun.inspect(theirs[name])} on peer '${uid}'`;
       this.report(new Error(`${name} is ${values}; give all servers the same`));
     }
   }
@@ -1844,7 +1861,7 @@ interface Peer {
 const WATCH_INTERVAL = 250;
 /** At least this long between two announcements (ms), for a thousand namespaces that open one after the other. */
 const ANNOUNCE_INTERVAL = 20;
-/** How long answers to a server's first hello are waited for, beyond two times to the broker and back, in ms. */
+/** How long answers to a server's first hello are waited for, beyond two round trips to the broker, in ms. */
 const MEETING = 20;
 /** After how many ms without a word of an answer a peer is asked again for what was missed. */
 const ASK_AGAIN = 500;
@@ -1904,7 +1921,7 @@ class Membership extends NodePart {
       case "bye":
         this.#leaves(peer);
         this.#giveUp(peer, "has closed", control.number);
-        this.peers.delete(uid);
+        peer.queueGoneAt = peer.heardAt; // `watch()` forgets it: sessions that move may ask what came of it
         return;
       case "ask":
         return sender.replay(peer, control);
@@ -1946,7 +1963,7 @@ class Membership extends NodePart {
     const { heartbeatInterval, heartbeatTimeout, journal } = settings;
     for (const peer of this.peers.values()) {
       this.ask(peer);
-      // From the end of an outage at the earliest, and up to the last delivery: while this queue gets nothing, nobody is silent.
+      // Counted from the end of an outage to the last delivery: while this queue gets nothing, no peer counts as silent.
       const silence = receiver.heardAt - Math.max(peer.heardAt, upSince);
       const isLate = silence > heartbeatInterval + WATCH_INTERVAL;
       // If its queue is gone the ping comes back, and nobody waits for it.
@@ -1969,7 +1986,7 @@ class Membership extends NodePart {
     void sender.tell({ type: "ask", id: catchUp.id, after, ms }, peer.uid);
   }
 
-  /** Right after an outage: resolves when all peers are back, and ask for what they have missed, or have had the time for it. */
+  /** Right after an outage: resolves when all peers are back and can ask for what they missed, or after `GRACE`. */
   async reunited(until: number): Promise<void> {
     const end = Math.min(until, performance.now() + GRACE);
     const isAwaited = (peer: Peer) => peer.namespaces !== undefined && this.#mayComeBack(peer);
@@ -2032,7 +2049,7 @@ class Membership extends NodePart {
     const missing = stream.giveUp(last);
     if (last !== undefined && missing === 0) return;
     const what = missing > 0 ? `${missing} frames` : "frames";
-    this.context.reports.report(new Error(`Peer ${uid} ${why}: ${what} after number ${cursor ?? 0} may be lost`));
+    this.context.reports.report(new Error(`Peer '${uid}' ${why}: ${what} after number ${cursor ?? 0} may be lost`));
   }
 }
 
@@ -2043,7 +2060,7 @@ interface Answers {
   /** A peer has said all, or has left. */
   readonly done?: ((uid: string) => void) | undefined;
 }
-/** Owing are the peers that have not said all; when there are none, it ends. */
+/** `owing`: the peers that have not said all; when there are none, the request ends. */
 type Request = Answers & { readonly owing: Set<string>; readonly end: () => void };
 
 /** Questions to peers, and who has not answered yet. */
@@ -2092,7 +2109,7 @@ class Requests {
 
 /** How many bindings are cheap to scan. */
 const FEW_BINDINGS = 500;
-/** What a frame of one packet has besides the head and the parts, each of which takes a word more, at most (bytes). */
+/** The most bytes that a frame of one packet takes beside its head and parts, and a word for each part. */
 const OVERHEAD = 768;
 /** The AMQP type of a frame that its receiver has asked for again. */
 const AGAIN = "again";
@@ -2105,7 +2122,7 @@ class Sender extends NodePart implements ConnectionEvents {
   dropped = 0;
   #reportedDropped = 0;
   #flushing: Timeout | undefined;
-  /** Resolves when the answers to peers are sent that have been begun. */
+  /** Resolves when all replays that have been begun are sent. */
   #replayed: Promise<void> = Promise.resolve();
   #looksKeysUp = false;
   #maxKeyBytes = 0;
@@ -2148,9 +2165,9 @@ class Sender extends NodePart implements ConnectionEvents {
   replay(peer: Peer, { id, after, ms = 0 }: Control & { type: "ask" }): void {
     const { replay: latest } = peer;
     const now = performance.now();
-    // The same question again: the answer stands in the peer's queue behind much else, unless that takes too long.
-    const isSame = latest?.id === id && latest.after === after;
-    if (isSame && now - latest.at < this.context.settings.heartbeatTimeout) return;
+    // A repeated question: the answer is still in the peer's queue, unless that takes too long.
+    const isRepeated = latest?.id === id && latest.after === after;
+    if (isRepeated && now - latest.at < this.context.settings.heartbeatTimeout) return;
     const sent = this.#sendAgain(peer, (peer.replay = { id, after, at: now }), now - ms);
     this.#replayed = this.#replayed.then(() => sent);
   }
@@ -2172,7 +2189,7 @@ class Sender extends NodePart implements ConnectionEvents {
     await within(ms, Promise.all([this.#replayed, this.publisher.drained()]));
     const left = this.publisher.unconfirmedPackets;
     const bye = this.tell({ type: "bye", number: this.publisher.number });
-    this.publisher.down(); // nothing is said behind a goodbye
+    this.publisher.down(); // nothing is said after a goodbye
     if (left === 0) await within(CLOSE_PATIENCE, bye);
     clearTimeout(this.#flushing);
     this.tick();
@@ -2198,14 +2215,14 @@ class Sender extends NodePart implements ConnectionEvents {
 
   async up(model: AmqpConnection, lose: Lose): Promise<() => void> {
     const { names, reports, membership } = this.context;
-    const channel = watched(await model.createConfirmChannel(), lose);
+    const channel = watchChannel(await model.createConfirmChannel(), lose);
     channel.on("return", ({ fields }) => membership.onUnreachable(fields.routingKey.slice(ALL_SERVERS.length)));
-    const emitter: NodeJS.EventEmitter = model;
-    emitter.on("blocked", (reason: string) => {
+    const events: NodeJS.EventEmitter = model;
+    events.on("blocked", (reason: string) => {
       this.publisher.block(true);
       reports.report(new Error(`The broker blocks publishing: ${reason}`));
     });
-    emitter.on("unblocked", () => {
+    events.on("unblocked", () => {
       this.publisher.block(false);
       membership.resume();
     });
@@ -2251,12 +2268,12 @@ class Receiver extends NodePart implements ConnectionEvents {
   readonly connection: Connection = new Connection("consuming", this.context, this);
   /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
   heardAt = 0;
-  /** Since when the queue was first away, at the start maybe (ms, monotonic). Whoever sent while it was there is known since. */
+  /** When the queue was first away, maybe at the start (ms, monotonic). Peers that sent before are known. */
   awaySince: number | undefined;
   #topology: Topology | undefined;
   /** Resolves when the connection that is being opened is live or has failed. */
   #opening: PromiseWithResolvers<void> | undefined = Promise.withResolvers<void>();
-  /** How often a queue was made. */
+  /** How many queues were made. */
   #generation = 0;
   /** Rooms' exchanges that were to be declared, and to which no queue may have been bound yet. */
   readonly #unbound = new Set<string>();
@@ -2302,7 +2319,7 @@ class Receiver extends NodePart implements ConnectionEvents {
     // A new name each time: after a half-open link the broker may still hold the old queue.
     const topology = new Topology(model, lose, this.context, ++this.#generation, this.#unbound);
     await topology.open((message) => this.#receive(message));
-    return () => this.#opened(topology);
+    return () => this.#use(topology);
   }
 
   /** Something may be missed from here on: each peer is asked for it. An emitter misses nothing. */
@@ -2310,11 +2327,11 @@ class Receiver extends NodePart implements ConnectionEvents {
     const { tenants, membership } = this.context;
     this.awaySince ??= performance.now();
     this.#topology?.end();
-    this.#opened(undefined);
+    this.#use(undefined);
     if (tenants.size > 0) for (const { stream } of membership.peers.values()) stream.startCatchUp();
   }
 
-  #opened(topology: Topology | undefined): void {
+  #use(topology: Topology | undefined): void {
     this.#topology = topology;
     this.#opening?.resolve();
     this.#opening = undefined;
@@ -2323,7 +2340,7 @@ class Receiver extends NodePart implements ConnectionEvents {
   #receive({ content, fields, properties }: ConsumeMessage): void {
     this.heardAt = performance.now();
     const { reports, inbox } = this.context;
-    const source = () => `exchange ${fields.exchange}, routing key ${fields.routingKey}`;
+    const source = () => `exchange '${fields.exchange}', routing key '${fields.routingKey}'`;
     reports.guard(source, () => {
       const { contentType, headers, type } = properties;
       if (typeof contentType === "string" && contentType.startsWith("application/json"))
@@ -2382,7 +2399,7 @@ class Inbox extends NodePart {
       duplicate: () => counts.duplicates++,
       lost: (frames: number) => {
         counts.lost += frames;
-        reports.report(new Error(`Lost up to ${frames} frames of peer ${uid}: its journal no longer holds them`));
+        reports.report(new Error(`Lost up to ${frames} frames of peer '${uid}': its journal no longer holds them`));
       },
     };
     const stream = new PeerStream<Frame>(events, settings.journal.bytes);
@@ -2399,7 +2416,7 @@ class Inbox extends NodePart {
     const { uid, tenants, reports, settings } = this.context;
     this.counts.framesReceived++;
     this.counts.packetsReceived += frame.packets;
-    const source = () => `peer ${frame.sender}`;
+    const source = () => `peer '${frame.sender}'`;
     reports.guard(source, () => {
       checkSize(frame.body, settings); // only here: a frame that did not count as come would be asked for without end
       const { nsp, sections } = readSections(frame);
@@ -2457,11 +2474,6 @@ class Node extends Context {
     );
   }
 
-  /** A message to servers that have a namespace open. */
-  sendTo(peers: readonly string[], nsp: string, message: Message): void {
-    for (const uid of peers) this.sender.add(this.routes(nsp).direct(uid), encodeValue(message));
-  }
-
   routes(nsp: string): Routes {
     let routes = this.#routes.get(nsp);
     if (!routes) this.#routes.set(nsp, (routes = new Routes(nsp, this.settings.socketRooms === "bound")));
@@ -2470,9 +2482,12 @@ class Node extends Context {
 
   /** A namespace opens. The first one starts the connections. */
   join(tenant: Tenant): void {
-    if (this.closing) return tenant.opened.reject(new Error("The server has been closed"));
-    const replaced = this.tenants.get(tenant.nsp.name);
-    this.tenants.set(tenant.nsp.name, tenant);
+    const { name } = tenant.nsp;
+    // A server that closes begins with "/".
+    const isClosing = this.closing || (name !== "/" && this.tenants.get("/")?.closing);
+    if (isClosing) return tenant.opened.reject(new Error("The server has been closed"));
+    const replaced = this.tenants.get(name);
+    this.tenants.set(name, tenant);
     this.start();
     for (const key of replaced?.roomsByKey.keys() ?? []) void this.receiver.follow(key);
     void Promise.resolve(this.receiver.follow(tenant.key)).then(() => this.membership.announce());
@@ -2483,6 +2498,8 @@ class Node extends Context {
     const { name } = tenant.nsp;
     tenant.opened.reject(new Error(`The adapter of ${name} was closed before it was ready`));
     if (this.tenants.get(name) !== tenant) return; // it has been replaced
+    // A server that closes begins with "/", which goes last: until then no other namespace opens.
+    if (name === "/") await Promise.all([...this.tenants.values()].map((other) => other !== tenant && other.closing));
     if (this.tenants.size > 1) {
       this.tenants.delete(name);
       this.#routes.delete(name);
@@ -2708,7 +2725,7 @@ interface Waiting {
 const FRAME_SIZE = 64 * 1024;
 /** What a packet that waits costs beyond its head and parts, about (bytes). */
 const WAITING_OVERHEAD = 160;
-/** Up to so many other servers a frame may be for any number of rooms: with many it goes to everyone. Measured against 64 keys. */
+/** With at most this many other servers a frame takes any number of rooms; with many rooms it goes to everyone. */
 const FEW_SERVERS = 8;
 /**
  * With fewer keys than this, a frame for several rooms goes to those alone: few keys are cheap, and servers without these rooms
@@ -2845,7 +2862,7 @@ const mayShare = (a: Destination, b: Destination): boolean =>
   a.kind !== SectionKind.Direct &&
   Math.max(a.kind, SectionKind.Options) === Math.max(b.kind, SectionKind.Options);
 
-/** Consecutive frames, one behind the other. */
+/** Consecutive frames. */
 interface Block {
   readonly buffer: Buffer;
   /** The number of its first frame. */
@@ -2965,7 +2982,7 @@ interface PublisherEvents {
 
 /** While a frame is unconfirmed, one that may still grow leaves this many ms after it. */
 const SPACING = 1;
-/** How many unconfirmed frames let one that may still grow wait longer, and how long (ms): the broker may be slow or far. */
+/** From this many unconfirmed frames on, one that may still grow waits longer, and how long (ms): the broker is slow or far. */
 const WINDOW = 8;
 const STALLED_SPACING = 10;
 /** How many bytes may be unconfirmed before the next frame waits. */
@@ -3024,7 +3041,7 @@ class Publisher {
   }
 
   /** Whether frames leave at once: the connection is up and the broker takes messages. */
-  get canPublish(): boolean {
+  get #canPublish(): boolean {
     return this.#transmit !== undefined && !this.#blocked;
   }
 
@@ -3078,7 +3095,7 @@ class Publisher {
   }
 
   add(to: Destination, parts: readonly Part[], bytes: number): void {
-    if (to.volatile && !this.canPublish) return;
+    if (to.volatile && !this.#canPublish) return;
     if (this.#turnAt === undefined) {
       this.#turnAt = this.#now();
       this.#events.flushIn(0);
@@ -3088,7 +3105,7 @@ class Publisher {
 
   readonly flush = (): void => {
     this.#turnAt = undefined;
-    while (this.canPublish && this.#bytesInFlight < IN_FLIGHT && this.batcher.size > 0) {
+    while (this.#canPublish && this.#bytesInFlight < IN_FLIGHT && this.batcher.size > 0) {
       if (this.#flights.length > 0 && this.batcher.mayGrow) {
         const spacing = this.#flights.length < WINDOW ? SPACING : STALLED_SPACING;
         const wait = this.#publishedAt + spacing - this.#now();
@@ -3103,7 +3120,7 @@ class Publisher {
     const { log, floor } = this;
     const before = this.#now() - this.#journalMs;
     while (log.first <= floor && (log.timeOf(log.first) ?? before) < before) log.forget();
-    if (!this.canPublish) this.#events.dropped(this.batcher.drop(({ at }) => at < before));
+    if (!this.#canPublish) this.#events.dropped(this.batcher.drop(({ at }) => at < before));
   }
 
   /** Resolves once all that was added is confirmed. */
@@ -3183,14 +3200,14 @@ function predecessorsIn(flights: readonly Flight[], next: number): number[] {
 }
 
 /**
- * Tells what is published under a routing key from all else, but for one in 2^31. Even for the keys of servers: what is for one of
- * them does not go through the main exchange, so a queue that gets everything does not get it.
+ * A routing key's digest; one pair of keys in 2^31 has the same. An even number for the keys of servers, odd for all others:
+ * what is for one server does not go through the main exchange, so a queue that gets everything does not get it.
  */
 const digestOf = (key: string): number => ((Bun.hash.crc32(key) | 1) >>> 0) - Number(key.startsWith(ALL_SERVERS));
 
 /** How many destinations are kept ready, for rooms that are emitted to again. */
 const MAX_ROUTES = 65_536;
-/** For how many ms a room's packets go to everyone after this server has made others' sockets join it: they must bind it first. */
+/** For how many ms after others' sockets were made to join a room its packets go to everyone: they must bind it first. */
 const JOINED_FROM_AFAR = 10_000;
 
 /** Which routing keys the packets and messages of a namespace take. */
@@ -3333,8 +3350,8 @@ class Bindings {
   }
 
   /**
-   * Whether what was published under a key, by its digest, must have come to the queue if it was unconfirmed a moment ago. While a
-   * key is being bound it may have been routed before: a client that joins a room does not hear what came before it.
+   * Whether a frame under a key, by its digest, that was unconfirmed a moment ago must have come to the queue. Not just after the
+   * key was bound: it may have been routed before, and a client that joins a room gets no earlier packets.
    */
   expects(digest: number): boolean {
     const everythingSince = digest % 2 === 0 ? Infinity : this.#everythingSince;
@@ -3371,7 +3388,8 @@ class Bindings {
       this.reconcileAll();
     }
     const change = this.#begin(EVERYTHING) ?? this.#beginOneOf(this.#joins) ?? this.#beginOneOf(this.#leaves);
-    return change ?? this.#beginOneOf(this.#renewals) ?? this.#begin(EVERYTHING); // joins that are no longer wanted may have ended the need for it
+    // Everything once more: the joins that it was for may no longer be wanted.
+    return change ?? this.#beginOneOf(this.#renewals) ?? this.#begin(EVERYTHING);
   }
 
   done({ key, to }: BindingChange): void {
@@ -3455,8 +3473,8 @@ class Bindings {
 class Refusal extends Error {}
 
 /**
- * An auto-delete exchange that is unbound while somebody else binds it destroys the metadata of a broker that keeps them in Khepri:
- * RabbitMQ 4.0 and 4.1 may, and it costs connections there (541); later ones always do, and it costs the virtual host.
+ * In Khepri, an auto-delete exchange that is unbound while somebody else binds it destroys the metadata. RabbitMQ 4.0 and 4.1
+ * use Khepri if told to, and lose connections then (541); later versions always use it, and lose the virtual host.
  */
 const MAY_USE_KHEPRI = "4.0.0";
 const USES_KHEPRI = "4.2.0";
@@ -3499,7 +3517,7 @@ class Topology {
   readonly #generation: number;
   readonly #unbound: Set<string>;
   readonly #queue: string;
-  /** Channels of their own, so that a refused operation closes no other: those that have nothing to do. */
+  /** Channels for bindings alone that have nothing to do: a refused operation closes its channel. */
   readonly #idle: Channel[] = [];
   #ended = false;
 
@@ -3525,7 +3543,7 @@ class Topology {
     const { uid, names, settings } = this.#context;
     await this.#deleteUnbound();
     const lanes = await Promise.all(Array.from({ length: LANES }, () => openLane(model)));
-    const channel = watched(await model.createChannel(), lose);
+    const channel = watchChannel(await model.createChannel(), lose);
     const exclusive = { exclusive: true, durable: false, arguments: settings.queueArguments };
     await Promise.all([declare(lanes[0] ?? channel, names), channel.assertQueue(queue, exclusive)]);
     await Promise.all([
@@ -3678,7 +3696,7 @@ const used = new WeakSet<AmqpConnection>();
 class Connection {
   /** Since when the connection is up (ms, monotonic); undefined while it is not. */
   upSince: number | undefined;
-  /** How often it has come up again. */
+  /** How many times it has come up again. */
   reconnects = 0;
   readonly #name: string;
   readonly #context: Context;
@@ -3716,7 +3734,7 @@ class Connection {
       try {
         if (attempt > 0) await within(delayMs, ended);
         model = await this.#open(ended);
-        watch(model, lose);
+        watchConnection(model, lose);
         const use = await Promise.race([this.#events.up(model, lose), ended]);
         use();
         this.upSince = performance.now();
@@ -3765,11 +3783,11 @@ class Connection {
 }
 
 /** Hears of the connection's end. The listeners stay: amqplib throws an error that nobody listens for. */
-function watch(model: AmqpConnection, lose: Lose): void {
+function watchConnection(model: AmqpConnection, lose: Lose): void {
   // Both kinds have these events, and their overloads of `on` do not unite.
-  const emitter: NodeJS.EventEmitter = model;
-  emitter.on("error", lose).on("close", (error?: Error) => lose(error ?? new Error("Connection closed")));
-  emitter.on("disconnect", lose); // amqplib's recovering connection: replaced, not waited for
+  const events: NodeJS.EventEmitter = model;
+  events.on("error", lose).on("close", (error?: Error) => lose(error ?? new Error("Connection closed")));
+  events.on("disconnect", lose); // amqplib's recovering connection: replaced, not waited for
   // amqplib leaves Nagle's algorithm on, which holds a small message back for up to 40 ms while another is under way, and
   // does not look at the socket's own "close".
   const { stream } = internals(model);
@@ -3780,8 +3798,8 @@ function watch(model: AmqpConnection, lose: Lose): void {
 /** Closes what `amqpConnection` returned. */
 async function closeConnection(model: AmqpConnection): Promise<void> {
   const ignore = (error: unknown) => debug("close: %s", asError(error).message);
-  const emitter: NodeJS.EventEmitter = model;
-  emitter.on("error", ignore); // one that came too late has no listener yet
+  const events: NodeJS.EventEmitter = model;
+  events.on("error", ignore); // one that came too late has no listener yet
   await within(CLOSE_PATIENCE, model.close().catch(ignore));
   internals(model).stream?.destroy?.(); // over a dead link it would keep the process alive until a heartbeat is missed
 }
@@ -3827,11 +3845,11 @@ function explain(error: Error, what: string, prefix: string): Error {
   return new Error(`${what}: ${error.message}${todo}`, { cause: error });
 }
 
-/** The same for each attempt: without the names of queues and the numbers, which change. */
+/** An error's message without quoted names and numbers, which change with each attempt. */
 const kindOf = (error: Error): string => error.message.replace(/'[^']*'|\d+/g, "");
 
 /** A channel that goes down with its connection, and takes it down. */
-function watched<C extends Channel>(channel: C, lose: Lose): C {
+function watchChannel<C extends Channel>(channel: C, lose: Lose): C {
   channel.on("error", lose);
   // A connection closes its channels first, and then says why.
   channel.on("close", () => queueMicrotask(() => lose(new Error("Channel closed"))));
@@ -3901,7 +3919,7 @@ function writeFrame(
   sender: string,
   number: number,
   floor: number,
-  packets: readonly Waiting[],
+  packets: readonly Pick<Waiting, "to" | "parts">[],
   predecessors: readonly number[],
 ): Buffer {
   const nsp = packets[0]?.to.nsp ?? "";
@@ -3962,7 +3980,7 @@ function assemble(
   return frame;
 }
 
-/** The header. What is behind it is read when somebody wants it. */
+/** The header. What follows it is read when somebody wants it. */
 function readFrame(body: Buffer): Frame {
   const [version = 0, kind] = body;
   if (version === 0 || version >= 0x20 || body.length < HEADER)
@@ -3988,7 +4006,7 @@ const wordAt = (body: Buffer, index: number): number => body.readUInt32LE(HEADER
 function predecessorsOf(
   { number, body }: Frame,
   isExpected: (digest: number) => boolean,
-  hasNot: (number: number) => boolean = () => true,
+  hasNot: (number: number) => boolean,
 ): readonly number[] {
   const numbers: number[] = [];
   const start = 3 + 2 * wordAt(body, 1);
@@ -4019,7 +4037,7 @@ interface Section {
   readonly binaryAt: number;
 }
 
-/** Takes apart what is behind a frame's header, but for the packets, which not every server wants. */
+/** Takes apart what follows a frame's header, but for the packets, which not every server wants. */
 function readSections({ body }: Frame): { nsp: string; sections: Section[] } {
   const words = wordsIn(body);
   const sectionsEnd = 3 + 2 * wordAt(body, 1);
@@ -4035,11 +4053,11 @@ function readSections({ body }: Frame): { nsp: string; sections: Section[] } {
   let headAt = wordAt(body, 0);
   let first = 0;
   for (let i = 3; i < sectionsEnd; i += 2) {
-    const about = wordAt(body, i);
+    const kindAndHead = wordAt(body, i);
     const parts = wordAt(body, i + 1);
     if (parts > words - word) throw new FrameError(`a section of ${parts} parts in ${words} words`);
-    const head = text.slice(headAt, (headAt += about >>> 3));
-    sections.push({ kind: about & 7, head, first, body, text, word, parts, textAt, binaryAt });
+    const head = text.slice(headAt, (headAt += kindAndHead >>> 3));
+    sections.push({ kind: kindAndHead & 7, head, first, body, text, word, parts, textAt, binaryAt });
     for (const end = word + parts; word < end; word++) {
       const part = wordAt(body, word);
       if ((part & MORE_PARTS) === 0) first++;
@@ -4068,11 +4086,15 @@ function takePackets({ body, text, word, parts, textAt, binaryAt }: Section): Pa
   return packets;
 }
 
+/** The same string, without the frame's text of which it is a part: JavaScriptCore would keep that as long as the part. */
+const detached = <T>(part: T): T | string =>
+  typeof part === "string" ? Buffer.from(part, "utf16le").toString("utf16le") : part;
+
 /** Heads come again and again: parsed once. */
 const parsedHeads = new Map<string, Required<BroadcastOptions>>();
 const MAX_HEADS = 4_096;
 
-function packetsHead(text: string): Required<BroadcastOptions> {
+function parseHead(text: string): Required<BroadcastOptions> {
   const known = parsedHeads.get(text);
   if (known) return known;
   const value = parseJson(text);
@@ -4081,7 +4103,7 @@ function packetsHead(text: string): Required<BroadcastOptions> {
   if (!isLike(opts, OPTIONS)) throw new FrameError("a section whose head is not [rooms, except, flags]");
   const head = fromWire(opts);
   if (parsedHeads.size >= MAX_HEADS) parsedHeads.clear();
-  if (text.length < 1_024) parsedHeads.set(text, head);
+  if (text.length < 1_024) parsedHeads.set(detached(text), head);
   return head;
 }
 
@@ -4132,7 +4154,7 @@ type Control =
   | ({ type: "beat"; bindings: number } & Progress)
   /** Closing, after that number. */
   | { type: "bye"; number: number }
-  /** Comes back if there is no queue. */
+  /** Returned by the broker if there is no queue. */
   | { type: "ping" }
   /** Asks for the frames after a number, or, where none is known, for those of so many ms. */
   | { type: "ask"; id: number; after?: number | undefined; ms?: number | undefined }
@@ -4141,7 +4163,7 @@ type Control =
 
 const isList = (value: unknown): value is unknown[] => Array.isArray(value);
 
-/** Whether a value has the fields of a sample, each with a value of the same type; numbers count something. */
+/** Whether a value has the fields of a sample, with values of the same types; numbers are integers from 0 on. */
 function isLike<T>(value: unknown, sample: T): value is T {
   if (isList(sample)) return isList(value);
   if (typeof sample === "number") return Number.isSafeInteger(value) && Number(value) >= 0;
@@ -4187,7 +4209,7 @@ function verified<T extends { type: string }>(samples: Record<T["type"], object>
 const readMessage = (parts: Part[]): Message => verified<Message>(MESSAGES, decodeValue(parts));
 const readControl = ({ body }: Frame): Control => verified<Control>(CONTROLS, parseJson(body.toString("utf8", HEADER)));
 
-/** JSON, with binary replaced by placeholders as the Socket.IO protocol has them, and the binaries behind it. */
+/** JSON, with binary replaced by placeholders as the Socket.IO protocol has them, and the binaries after it. */
 function encodeValue(value: unknown): Part[] {
   const binaries: Uint8Array[] = [];
   const json = JSON.stringify(value, function (this: Record<string, unknown>, key, replaced: unknown) {
@@ -4262,9 +4284,10 @@ const ownKeys = (uid: string): string[] => [ALL_SERVERS, serverKey(uid)];
 /** How a key or name begins that would have been too long: its SHA-256 follows. No other key begins like this. */
 const HASHED = "%";
 /** AMQP 0-9-1: names and routing keys are short strings. */
-const MAX_BYTES = 255;
+const MAX_NAME_BYTES = 255;
 
-const isShort = (name: string): boolean => name.length * 3 <= MAX_BYTES || Buffer.byteLength(name) <= MAX_BYTES;
+const isShort = (name: string): boolean =>
+  name.length * 3 <= MAX_NAME_BYTES || Buffer.byteLength(name) <= MAX_NAME_BYTES;
 const hashed = (key: string): string => `${HASHED}${createHash("sha256").update(key).digest("hex")}`;
 const short = (key: string): string => (isShort(key) ? key : hashed(key));
 /** `#` and `%` are escaped, or namespace `/a#b` would claim the key of room `b` in `/a`. */
