@@ -1878,6 +1878,8 @@ class Membership extends NodePart {
   #acquainted: Promise<void> | undefined;
   /** When the last announcement was made (ms, monotonic); 0 if there was none or the broker did not take it. */
   #announcedAt = 0;
+  /** How many keys were bound at the last heartbeat. */
+  #toldBindings = 0;
 
   /** The servers that have a namespace open, this one not counted. */
   serversOf(nsp: string): string[] {
@@ -1961,6 +1963,8 @@ class Membership extends NodePart {
   watch(): void {
     const { upSince = performance.now(), receiver, requests, settings, sender } = this.context;
     const { heartbeatInterval, heartbeatTimeout, journal } = settings;
+    // A storm of joins: peers route by it, and should know before the next heartbeat.
+    if (receiver.countBound() > 2 * this.#toldBindings + FEW_BINDINGS) this.beat();
     for (const peer of this.peers.values()) {
       this.ask(peer);
       // Counted from the end of an outage to the last delivery: while this queue gets nothing, no peer counts as silent.
@@ -1997,7 +2001,8 @@ class Membership extends NodePart {
   beat(): void {
     const { sender, receiver } = this.context;
     const { number, floor } = sender.publisher;
-    void sender.tell({ type: "beat", revision: this.#announcedAt, number, floor, bindings: receiver.countBound() });
+    const bindings = (this.#toldBindings = receiver.countBound());
+    void sender.tell({ type: "beat", revision: this.#announcedAt, number, floor, bindings });
   }
 
   /** Right after an outage a peer's queue may just not be back yet. */
@@ -3205,8 +3210,9 @@ function predecessorsIn(flights: readonly Flight[], next: number): number[] {
  */
 const digestOf = (key: string): number => ((Bun.hash.crc32(key) | 1) >>> 0) - Number(key.startsWith(ALL_SERVERS));
 
-/** How many destinations are kept ready, for rooms that are emitted to again. */
+/** How many destinations are kept ready for packets that go there again, and how long their heads may be. */
 const MAX_ROUTES = 65_536;
+const MAX_HEAD = 255;
 /** For how many ms after others' sockets were made to join a room its packets go to everyone: they must bind it first. */
 const JOINED_FROM_AFAR = 10_000;
 
@@ -3216,8 +3222,9 @@ class Routes {
   readonly #socketRooms: boolean;
   readonly #everyone: Destination;
   readonly #messages: Destination;
-  /** By room. */
-  readonly #destinations = new Map<Room, Destination>();
+  /** By their heads, for packets to one room and for those with options. */
+  readonly #toRooms = new Map<string, Destination>();
+  readonly #toOptions = new Map<string, Destination>();
   /** Rooms that sockets of other servers were made to join, and until when their packets go to everyone (ms, monotonic). */
   readonly #fromAfar = new Map<Room, number>();
 
@@ -3239,17 +3246,16 @@ class Routes {
     const hasOptions = rooms.size > 1 || except?.size || flags.volatile !== undefined || flags.compress !== undefined;
     if (rooms.size === 0 && !hasOptions) return this.#everyone;
     // Users pass `undefined` for a room as well.
-    if (hasOptions || typeof room !== "string") {
-      const head = JSON.stringify([sentRooms(rooms), sentRooms(except ?? []), sentFlags(flags)]);
-      const keys = this.#keys(rooms);
-      return { ...this.#everyone, kind: SectionKind.Options, head, keys, volatile: Boolean(flags.volatile) };
-    }
-    const ready = this.#destinations.get(room);
-    if (ready) return ready;
-    const destination = { ...this.#everyone, kind: SectionKind.Room, head: room, keys: this.#keys(rooms) };
-    if (this.#fromAfar.has(room)) return destination;
-    if (this.#destinations.size >= MAX_ROUTES) this.#destinations.clear();
-    this.#destinations.set(room, destination);
+    const isRoom = !hasOptions && typeof room === "string";
+    const head = isRoom ? room : JSON.stringify([sentRooms(rooms), sentRooms(except ?? []), sentFlags(flags)]);
+    const ready = isRoom ? this.#toRooms : this.#toOptions;
+    const known = ready.get(head);
+    if (known) return known;
+    const kind = isRoom ? SectionKind.Room : SectionKind.Options;
+    const destination = { ...this.#everyone, kind, head, keys: this.#keys(rooms), volatile: Boolean(flags.volatile) };
+    if (head.length > MAX_HEAD || rooms.values().some((room) => this.#fromAfar.has(room))) return destination;
+    if (ready.size >= MAX_ROUTES) ready.clear();
+    ready.set(head, destination);
     return destination;
   }
 
@@ -3268,8 +3274,9 @@ class Routes {
   /** Other servers' sockets are made to join these rooms. */
   joinFromAfar(rooms: Room[]): void {
     for (const room of this.#fromAfar.keys()) if (this.#isFromAfar(room)) break; // removes the oldest, which stand first
+    this.#toOptions.clear();
     for (const room of rooms) {
-      this.#destinations.delete(room);
+      this.#toRooms.delete(room);
       this.#fromAfar.delete(room);
       this.#fromAfar.set(room, performance.now() + JOINED_FROM_AFAR);
     }
@@ -4092,7 +4099,7 @@ const detached = <T>(part: T): T | string =>
 
 /** Heads come again and again: parsed once. */
 const parsedHeads = new Map<string, Required<BroadcastOptions>>();
-const MAX_HEADS = 4_096;
+const MAX_HEADS = 16_384;
 
 function parseHead(text: string): Required<BroadcastOptions> {
   const known = parsedHeads.get(text);
