@@ -42,6 +42,8 @@ const version = await (async () => {
   return version;
 })();
 const haveRoomExchanges = Bun.semver.order(version, "4.0.0") < 0;
+/** Where a message for several rooms costs the broker a look at each binding. */
+const scansBindings = Bun.semver.order(version, "3.11.0") < 0;
 const refuseRoomExchanges = Bun.semver.order(version, "4.2.0") >= 0;
 let prefix: string;
 let tests = 0;
@@ -729,6 +731,17 @@ describe("sockets of other servers", () => {
     expect(await heardFrom(a.io, people)).toEqual(only("cat", people, ["hello"]));
   });
 
+  test("hear what is emitted right after they were made to join, also to rooms that were named together before", async () => {
+    const [a, b] = await Promise.all([start(), start({ amqpConnection: bindingLate("/#green") })]);
+    await acquainted([a, b]);
+    const bob = await join(b, ["blue"]);
+    await settled();
+    a.io.to(["green", "red"]).emit("before");
+    a.io.in("blue").socketsJoin("green");
+    a.io.to(["green", "red"]).emit("after");
+    expect(await heardFrom(a.io, { bob })).toEqual({ bob: [["after"]] });
+  });
+
   test("join, leave, hear and disconnect one by one", async () => {
     const { a, cat, people } = await crew();
     const remote = async (): Promise<RemoteSocket<Record<string, never>, unknown> | undefined> =>
@@ -1015,6 +1028,18 @@ describe("namespaces", () => {
     expect(node.io.of("/dynamic-1").sockets.has(bob.id ?? "")).toBe(true);
   });
 
+  test("close in time over a link that is dead, though nobody has noticed", async () => {
+    const link = await Proxy.open(broker.port);
+    const amqpConnection = () => connect(`amqp://guest:guest@127.0.0.1:${link.port}`);
+    const node = await start({ amqpConnection, requestsTimeout: 200 });
+    node.io.of("/chat");
+    await Promise.all([node.adapter.ready, adapterOf(node.io, "/chat").ready]);
+    link.silence();
+    expect(await milliseconds(() => node.io.close())).toBeLessThan(4_000);
+    link.close();
+    errorsOf(node);
+  });
+
   test("close together, with what is being bound and unbound", async () => {
     for (let round = 0; round < 8; round++) {
       const nodes = await cluster();
@@ -1251,6 +1276,18 @@ describe("on the broker", () => {
     await heardFrom(a.io, people);
     const packets = [b, c].map(({ adapter }, n) => adapter.stats.packetsReceived - (before[n]?.packetsReceived ?? NaN));
     expect(packets).toEqual([31, 1]); // the one is heardFrom's
+  });
+
+  test.if(scansBindings)("peers know of many new bindings before the next heartbeat", async () => {
+    const { a, b, c, bob } = await crew({ heartbeatInterval: 60_000, heartbeatTimeout: 120_000 });
+    await bob.socket.join(Array.from({ length: 600 }, (_, i) => `room${i}`));
+    await eventually(() => expect(b.adapter.stats.rooms).toBe(602), 5_000);
+    const before = c.adapter.stats.packetsReceived;
+    // With several keys the broker would scan them all: it goes to everyone.
+    await eventually(() => {
+      a.io.to(["red", "green"]).emit("hello");
+      expect(c.adapter.stats.packetsReceived).toBeGreaterThan(before);
+    });
   });
 
   test.if(haveRoomExchanges)(

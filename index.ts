@@ -2509,7 +2509,8 @@ class Node extends Context {
       this.tenants.delete(name);
       this.#routes.delete(name);
       for (const key of [tenant.key, ...tenant.roomsByKey.keys()]) void this.receiver.follow(key);
-      return this.membership.announce();
+      await within(this.settings.requestsTimeout, this.membership.announce()); // the link may be dead
+      return;
     }
     const patience = this.sender.connection.upSince === undefined ? 0 : this.settings.requestsTimeout;
     await this.close(patience).catch((error) => this.reports.report(asError(error)));
@@ -2529,7 +2530,9 @@ class Node extends Context {
     await this.membership.reunited(until);
     const left = await this.sender.close(until - performance.now());
     this.#timers.forEach(clearInterval); // until here, what was missed is asked for
-    await Promise.all([this.receiver.close(left > 0 ? 0 : UNBIND_PATIENCE), this.sender.connection.close()]);
+    // Rooms' exchanges that are not unbound in time go with the queue.
+    const patience = left > 0 ? 0 : this.settings.requestsTimeout;
+    await Promise.all([this.receiver.close(patience), this.sender.connection.close()]);
     this.opened.reject(new Error("Closed before it was ready"));
     if (left > 0) throw new Error(`Closed before the broker had confirmed ${left} packets`);
   }
@@ -3693,8 +3696,6 @@ const STABLE = 5_000;
 const CONNECT_PATIENCE = 10_000;
 /** How long an answer to a goodbye is waited for, in ms: a dead link gives none. */
 const CLOSE_PATIENCE = 1_000;
-/** How long a closing server unbinds its rooms' exchanges, in ms, before it lets them go with its queue. */
-const UNBIND_PATIENCE = 5_000;
 
 /** Connections that have been returned before: a function that returns one again is told so. */
 const used = new WeakSet<AmqpConnection>();
