@@ -2933,6 +2933,16 @@ describe("a publisher", () => {
     expect([publisher.unconfirmed, publisher.batcher.size]).toEqual([0, 0]);
   });
 
+  test("is drained once what waited is dropped", async () => {
+    let now = 0;
+    const publisher = new Publisher("sender--", limits, facts, { dropped() {}, flushIn() {} }, () => now);
+    emit(publisher, "red");
+    const drained = publisher.drained();
+    now = 60_001;
+    publisher.expire();
+    await drained;
+  });
+
   test("publishes no packets again that are older than the journal, for peers may have forgotten that they have them", () => {
     let now = 0;
     let dropped = 0;

@@ -1984,7 +1984,8 @@ class Membership extends NodePart {
     const { upSince, receiver, sender } = this.context;
     const { catchUp, cursor: after } = peer.stream;
     const now = performance.now();
-    if (!catchUp || catchUp.askAt > now || upSince === undefined) return;
+    const { queueGoneAt = now } = peer;
+    if (!catchUp || catchUp.askAt > now || upSince === undefined || now - queueGoneAt > RETURN) return;
     catchUp.askAt = now + ASK_AGAIN;
     const ms = after === undefined ? Math.ceil(now - (receiver.awaySince ?? now)) : undefined;
     void sender.tell({ type: "ask", id: catchUp.id, after, ms }, peer.uid);
@@ -2001,8 +2002,9 @@ class Membership extends NodePart {
   beat(): void {
     const { sender, receiver } = this.context;
     const { number, floor } = sender.publisher;
-    const bindings = (this.#toldBindings = receiver.countBound());
-    void sender.tell({ type: "beat", revision: this.#announcedAt, number, floor, bindings });
+    const bindings = receiver.countBound();
+    const told = sender.tell({ type: "beat", revision: this.#announcedAt, number, floor, bindings });
+    void told.then((taken) => taken && (this.#toldBindings = bindings));
   }
 
   /** Right after an outage a peer's queue may just not be back yet. */
@@ -2019,6 +2021,7 @@ class Membership extends NodePart {
     if (upSince === undefined) return; // the next connection announces
     const asksOthers = this.#announcedAt < upSince; // the first one on these connections
     const announcedAt = (this.#announcedAt = Math.ceil(performance.now()));
+    this.#toldBindings = 0; // whoever has not heard for a while counts none
     const tenants = receiver.liveTenants;
     if (await sender.tell(this.#hello(asksOthers))) {
       await (this.#acquainted ??= this.#meet(performance.now() - announcedAt));
@@ -2248,7 +2251,8 @@ class Sender extends NodePart implements ConnectionEvents {
     return () => {
       const { brokerVersion, frameMax } = internals(model);
       this.#looksKeysUp = Bun.semver.order(brokerVersion, "3.11.0") >= 0; // before, it scanned all bindings
-      this.#maxKeyBytes = frameMax - 1_024; // for the message's other properties
+      // Less what the message's other properties take. amqplib has room for 65,536 bytes.
+      this.#maxKeyBytes = Math.min(frameMax, 65_536) - 1_024;
       this.publisher.up(transmit);
     };
   }
@@ -2438,6 +2442,9 @@ class Inbox extends NodePart {
   };
 }
 
+/** How many namespaces an emitter remembers: it may meet any number of them. */
+const MAX_NAMESPACES = 1_000;
+
 /** Wires the parts of one server together, or of one emitter. A server's namespaces share it. */
 class Node extends Context {
   readonly requests: Requests = new Requests();
@@ -2481,7 +2488,9 @@ class Node extends Context {
 
   routes(nsp: string): Routes {
     let routes = this.#routes.get(nsp);
-    if (!routes) this.#routes.set(nsp, (routes = new Routes(nsp, this.settings.socketRooms === "bound")));
+    if (routes) return routes;
+    if (this.tenants.size === 0 && this.#routes.size >= MAX_NAMESPACES) this.#routes.clear();
+    this.#routes.set(nsp, (routes = new Routes(nsp, this.settings.socketRooms === "bound")));
     return routes;
   }
 
@@ -2505,11 +2514,14 @@ class Node extends Context {
     if (this.tenants.get(name) !== tenant) return; // it has been replaced
     // A server that closes begins with "/", which goes last: until then no other namespace opens.
     if (name === "/") await Promise.all([...this.tenants.values()].map((other) => other !== tenant && other.closing));
+    if (this.tenants.get(name) !== tenant) return; // it has been replaced meanwhile
     if (this.tenants.size > 1) {
       this.tenants.delete(name);
       this.#routes.delete(name);
       for (const key of [tenant.key, ...tenant.roomsByKey.keys()]) void this.receiver.follow(key);
-      await within(this.settings.requestsTimeout, this.membership.announce()); // the link may be dead
+      const announced = this.membership.announce();
+      // The link may be dead. A server that closes says goodbye at once.
+      if (!this.tenants.get("/")?.closing) await within(this.settings.requestsTimeout, announced);
       return;
     }
     const patience = this.sender.connection.upSince === undefined ? 0 : this.settings.requestsTimeout;
@@ -2526,9 +2538,11 @@ class Node extends Context {
   async #close(ms: number): Promise<void> {
     this.requests.close();
     const until = performance.now() + ms;
+    const { dropped } = this.sender;
     await within(ms, this.sender.publisher.drained());
     await this.membership.reunited(until);
-    const left = await this.sender.close(until - performance.now());
+    const unconfirmed = await this.sender.close(until - performance.now());
+    const left = unconfirmed + this.sender.dropped - dropped;
     this.#timers.forEach(clearInterval); // until here, what was missed is asked for
     // Rooms' exchanges that are not unbound in time go with the queue.
     const patience = left > 0 ? 0 : this.settings.requestsTimeout;
@@ -3128,7 +3142,9 @@ class Publisher {
     const { log, floor } = this;
     const before = this.#now() - this.#journalMs;
     while (log.first <= floor && (log.timeOf(log.first) ?? before) < before) log.forget();
-    if (!this.#canPublish) this.#events.dropped(this.batcher.drop(({ at }) => at < before));
+    if (this.#canPublish) return;
+    this.#events.dropped(this.batcher.drop(({ at }) => at < before));
+    this.#checkDrained();
   }
 
   /** Resolves once all that was added is confirmed. */
@@ -3257,7 +3273,7 @@ class Routes {
     const kind = isRoom ? SectionKind.Room : SectionKind.Options;
     const destination = { ...this.#everyone, kind, head, keys: this.#keys(rooms), volatile: Boolean(flags.volatile) };
     if (head.length > MAX_HEAD || rooms.values().some((room) => this.#fromAfar.has(room))) return destination;
-    if (ready.size >= MAX_ROUTES) ready.clear();
+    if (ready.size >= (isRoom ? MAX_ROUTES : MAX_HEADS)) ready.clear();
     ready.set(head, destination);
     return destination;
   }
