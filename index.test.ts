@@ -2933,6 +2933,26 @@ describe("a publisher", () => {
     expect([publisher.unconfirmed, publisher.batcher.size]).toEqual([0, 0]);
   });
 
+  test("sends a room's packets to everyone while a join of others' sockets may wait, and shortly after", () => {
+    let since: number | undefined;
+    const ours = new Routes("/", false, () => since);
+    const keysAfter = (ms: number) => {
+      now.mockReturnValue(start + ms);
+      return ours.packets({ rooms: new Set(["red"]) }).keys;
+    };
+    const start = performance.now();
+    const now = spyOn(performance, "now");
+    try {
+      ours.joinFromAfar(["red"]);
+      expect(keysAfter(15_000)).toEqual(["/"]); // the broker is away
+      since = start + 20_000;
+      expect(keysAfter(29_000)).toEqual(["/"]);
+      expect(keysAfter(31_000)).toEqual(["/#red"]);
+    } finally {
+      now.mockRestore();
+    }
+  });
+
   test("is drained once what waited is dropped", async () => {
     let now = 0;
     const publisher = new Publisher("sender--", limits, facts, { dropped() {}, flushIn() {} }, () => now);

@@ -1938,11 +1938,8 @@ class Membership extends NodePart {
   onUnreachable(uid: string): void {
     const peer = this.peers.get(uid);
     if (!peer || this.#mayComeBack(peer)) return;
-    const now = performance.now();
     if (peer.namespaces) this.#leaves(peer);
-    // It may have lost its connection for a moment; killed, it will not come back.
-    peer.queueGoneAt ??= now;
-    if (now - peer.queueGoneAt >= RETURN) this.#giveUp(peer, "has no queue any more");
+    peer.queueGoneAt ??= performance.now();
   }
 
   /** The broker takes messages, of which it may have taken none for a while. */
@@ -1965,8 +1962,11 @@ class Membership extends NodePart {
     const { heartbeatInterval, heartbeatTimeout, journal } = settings;
     // A storm of joins: peers route by it, and should know before the next heartbeat.
     if (receiver.countBound() > 2 * this.#toldBindings + FEW_BINDINGS) this.beat();
+    const now = performance.now();
     for (const peer of this.peers.values()) {
       this.ask(peer);
+      // It may have lost its connection for a moment; killed, it will not come back.
+      if (now - (peer.queueGoneAt ?? now) > RETURN) this.#giveUp(peer, "has no queue any more");
       // Counted from the end of an outage to the last delivery: while this queue gets nothing, no peer counts as silent.
       const silence = receiver.heardAt - Math.max(peer.heardAt, upSince);
       const isLate = silence > heartbeatInterval + WATCH_INTERVAL;
@@ -2490,7 +2490,10 @@ class Node extends Context {
     let routes = this.#routes.get(nsp);
     if (routes) return routes;
     if (this.tenants.size === 0 && this.#routes.size >= MAX_NAMESPACES) this.#routes.clear();
-    this.#routes.set(nsp, (routes = new Routes(nsp, this.settings.socketRooms === "bound")));
+    this.#routes.set(
+      nsp,
+      (routes = new Routes(nsp, this.settings.socketRooms === "bound", () => this.sender.publisher.takesSince)),
+    );
     return routes;
   }
 
@@ -3029,6 +3032,8 @@ class Publisher {
   #transmit: Transmit | undefined;
   /** Whether the broker takes no messages for a while, for it lacks memory or disk. */
   #blocked = false;
+  /** When the connection came up, or the broker stopped to block. */
+  #since = 0;
   /** In the order in which they were published. */
   #flights: Flight[] = [];
   #bytesInFlight = 0;
@@ -3062,9 +3067,9 @@ class Publisher {
     return (this.#flights.find(({ number }) => number > 0)?.number ?? this.log.next) - 1;
   }
 
-  /** Whether frames leave at once: the connection is up and the broker takes messages. */
-  get #canPublish(): boolean {
-    return this.#transmit !== undefined && !this.#blocked;
+  /** Since when the broker takes messages (ms, monotonic); undefined while it is away or blocks. */
+  get takesSince(): number | undefined {
+    return this.#transmit && !this.#blocked ? this.#since : undefined;
   }
 
   get unconfirmed(): number {
@@ -3079,6 +3084,7 @@ class Publisher {
   /** Publishes what has not been confirmed once more, with its numbers, and then what waits. */
   up(transmit: Transmit): void {
     this.#transmit = transmit;
+    this.#since = this.#now();
     this.#bytesInFlight = 0;
     const before = this.#now() - this.#journalMs;
     for (const flight of this.#flights) {
@@ -3101,6 +3107,7 @@ class Publisher {
 
   block(blocked: boolean): void {
     this.#blocked = blocked;
+    this.#since = this.#now();
     this.flush();
   }
 
@@ -3117,7 +3124,7 @@ class Publisher {
   }
 
   add(to: Destination, parts: readonly Part[], bytes: number): void {
-    if (to.volatile && !this.#canPublish) return;
+    if (to.volatile && this.takesSince === undefined) return;
     if (this.#turnAt === undefined) {
       this.#turnAt = this.#now();
       this.#events.flushIn(0);
@@ -3127,7 +3134,7 @@ class Publisher {
 
   readonly flush = (): void => {
     this.#turnAt = undefined;
-    while (this.#canPublish && this.#bytesInFlight < IN_FLIGHT && this.batcher.size > 0) {
+    while (this.takesSince !== undefined && this.#bytesInFlight < IN_FLIGHT && this.batcher.size > 0) {
       if (this.#flights.length > 0 && this.batcher.mayGrow) {
         const spacing = this.#flights.length < WINDOW ? SPACING : STALLED_SPACING;
         const wait = this.#publishedAt + spacing - this.#now();
@@ -3142,7 +3149,7 @@ class Publisher {
     const { log, floor } = this;
     const before = this.#now() - this.#journalMs;
     while (log.first <= floor && (log.timeOf(log.first) ?? before) < before) log.forget();
-    if (this.#canPublish) return;
+    if (this.takesSince !== undefined) return;
     this.#events.dropped(this.batcher.drop(({ at }) => at < before));
     this.#checkDrained();
   }
@@ -3232,25 +3239,30 @@ const digestOf = (key: string): number => ((Bun.hash.crc32(key) | 1) >>> 0) - Nu
 /** How many destinations are kept ready for packets that go there again, and how long their heads may be. */
 const MAX_ROUTES = 65_536;
 const MAX_HEAD = 255;
-/** For how many ms after others' sockets were made to join a room its packets go to everyone: they must bind it first. */
+/** For how many ms after the broker took a join of others' sockets the room's packets go to everyone: they must bind it first. */
 const JOINED_FROM_AFAR = 10_000;
 
 /** Which routing keys the packets and messages of a namespace take. */
 class Routes {
   readonly nsp: string;
   readonly #socketRooms: boolean;
+  readonly #takesSince: () => number | undefined;
   readonly #everyone: Destination;
   readonly #messages: Destination;
   /** By their heads, for packets to one room and for those with options. */
   readonly #toRooms = new Map<string, Destination>();
   readonly #toOptions = new Map<string, Destination>();
-  /** Rooms that sockets of other servers were made to join, and until when their packets go to everyone (ms, monotonic). */
+  /** Rooms that sockets of other servers were made to join, and when (ms, monotonic). */
   readonly #fromAfar = new Map<Room, number>();
 
-  /** `socketRooms`: whether rooms named like a socket id have a key of their own. */
-  constructor(nsp: string, socketRooms: boolean) {
+  /**
+   * `socketRooms`: whether rooms named like a socket id have a key of their own. `takesSince`: since when the broker takes messages
+   * (ms, monotonic).
+   */
+  constructor(nsp: string, socketRooms: boolean, takesSince: () => number | undefined = () => 0) {
     this.nsp = nsp;
     this.#socketRooms = socketRooms;
+    this.#takesSince = takesSince;
     this.#everyone = { nsp, kind: SectionKind.Everyone, head: "", keys: [namespaceKey(nsp)], volatile: false };
     this.#messages = { ...this.#everyone, kind: SectionKind.Messages };
   }
@@ -3297,15 +3309,16 @@ class Routes {
     for (const room of rooms) {
       this.#toRooms.delete(room);
       this.#fromAfar.delete(room);
-      this.#fromAfar.set(room, performance.now() + JOINED_FROM_AFAR);
+      this.#fromAfar.set(room, performance.now());
     }
   }
 
   /** Forgets a room that has been bound in the meantime. */
   #isFromAfar(room: Room): boolean {
-    const until = this.#fromAfar.get(room);
-    if (until === undefined) return false;
-    if (until > performance.now()) return true;
+    const joinedAt = this.#fromAfar.get(room);
+    if (joinedAt === undefined) return false;
+    const takenAt = Math.max(joinedAt, this.#takesSince() ?? Infinity); // at the latest
+    if (takenAt + JOINED_FROM_AFAR > performance.now()) return true;
     this.#fromAfar.delete(room);
     return false;
   }

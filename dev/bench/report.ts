@@ -182,7 +182,7 @@ export function chart(results: Results, note: string): string {
     if (!result) return [];
     const values = BARS.flatMap((transport) => {
       const value = result.values[transport]?.median;
-      return value === undefined ? [] : [{ transport, value }];
+      return value === undefined || !Number.isFinite(value) ? [] : [{ transport, value }];
     });
     const longest = Math.max(...values.map(({ value }) => value));
     const heading = `<text class="title" x="${label}" y="${(y += 16)}">${title}</text>`;
