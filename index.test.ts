@@ -92,8 +92,8 @@ interface Node extends Host {
 }
 type Options = Partial<AdapterOptions>;
 const amqpConnection = () => connect(broker.url);
-/** Opens connections on which a key is bound 300 ms late. */
-const bindingLate = (late: string) => async () => {
+/** Opens connections on which a key is bound 300 ms late; `begun` is called when it should be. */
+const bindingLate = (late: string, begun?: () => void) => async () => {
   const connection = await connect(broker.url);
   const { createChannel } = connection;
   connection.createChannel = async (options) => {
@@ -101,7 +101,10 @@ const bindingLate = (late: string) => async () => {
     for (const bind of ["bindQueue", "bindExchange"] as const) {
       const method = channel[bind];
       channel[bind] = async (to: string, from: string, key: string, args?: unknown) => {
-        if (key === late) await Bun.sleep(300);
+        if (key === late) {
+          begun?.();
+          await Bun.sleep(300);
+        }
         return method.call(channel, to, from, key, args);
       };
     }
@@ -1407,6 +1410,24 @@ describe("an emitter", () => {
     expect(await heardFrom(emitter, people)).toEqual(only(hearers, people, event));
   });
 
+  test("rejects its close() with the number of packets that did not get out, dropped ones among them", async () => {
+    const link = await Proxy.open(broker.port);
+    const lost = Promise.withResolvers<void>();
+    const emitter = createEmitter({
+      amqpConnection: () => connect(`amqp://guest:guest@127.0.0.1:${link.port}`),
+      prefix,
+      journal: { ms: 50 },
+      onError: (error) => error.message.includes("publishing") && lost.resolve(),
+      closeTimeout: 200,
+    });
+    await emitter.ready;
+    link.cut();
+    await lost.promise;
+    emitter.emit("hello");
+    await expect(emitter.close()).rejects.toThrow("Closed before the broker had confirmed 1 packets");
+    link.close();
+  });
+
   test("reaches rooms that it names behind a room that it has just emitted to", async () => {
     const [a, b] = await cluster();
     const [{ client: ann }, { client: bob }] = [await join(a, ["red"]), await join(b, ["blue"])];
@@ -1727,6 +1748,14 @@ describe("a connection", () => {
     const hello = received(bob.client, "hello");
     a.io.to([...rooms, "blue"]).emit("hello");
     await hello; // what follows would share the message, and its keys
+    expect(await heardFrom(a.io, people)).toEqual(only("bob cat", people, ["hello"]));
+    expect(a.adapter.stats.reconnects).toEqual({ consuming: 0, publishing: 0 });
+  });
+
+  test("stays when an emit names more rooms than amqplib has room for in a header", async () => {
+    const { a, people } = await crew();
+    a.io.to([...Array.from({ length: 2_000 }, (_, i) => `${"房".repeat(10)}${i}`), "blue"]).emit("hello");
+    await eventually(() => expect(a.adapter.stats.unconfirmed).toBe(0));
     expect(await heardFrom(a.io, people)).toEqual(only("bob cat", people, ["hello"]));
     expect(a.adapter.stats.reconnects).toEqual({ consuming: 0, publishing: 0 });
   });
@@ -3390,9 +3419,10 @@ describe("connection state recovery", () => {
   });
 
   test("gives what a sender emitted that closed meanwhile once", async () => {
+    const binding = Promise.withResolvers<void>();
     const [a, b] = await Promise.all([
       start({}, { connectionStateRecovery: {} }),
-      start({ amqpConnection: bindingLate("/#blue") }, { connectionStateRecovery: {} }),
+      start({ amqpConnection: bindingLate("/#blue", binding.resolve) }, { connectionStateRecovery: {} }),
     ]);
     await acquainted([a, b]);
     await Guest.at(b, ["red"]);
@@ -3403,7 +3433,7 @@ describe("connection state recovery", () => {
     const emitter = createEmitter({ amqpConnection, prefix });
     await emitter.ready;
     const back = guest.back(b);
-    await Bun.sleep(100); // it waits until blue is bound
+    await binding.promise; // the session is claimed when blue is bound
     emitter.to("red").emit("n", 1);
     await emitter.close();
     expect(await back).toBe(true);
@@ -3430,7 +3460,7 @@ describe("connection state recovery", () => {
     await eventually(() => expect(a.io.of("/doc-1").sockets.size).toBe(1));
     link.latency = 100;
     const back = guest.back(b);
-    await Bun.sleep(100);
+    await eventually(() => expect(adapterOf(b.io, "/doc-1")["recovery"]?.restoring).toBe(1));
     other.client.disconnect();
     expect(await back).toBe(true);
     link.latency = 0;

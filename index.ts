@@ -40,7 +40,7 @@ import type { Channel, ChannelModel, ConsumeMessage, Options, RecoveringChannelM
 import { Adapter, type BroadcastFlags, type BroadcastOptions, type Room, type SocketId } from "socket.io-adapter";
 import type { Session as Restored } from "socket.io-adapter";
 
-/** Set `NODE_DEBUG=socket.io-amqp0` to see each error, also those that are handled or reported only once. */
+/** Set `NODE_DEBUG=socket.io-amqp0` to see each reported error, and those of the broker that are handled. */
 const debug = debuglog("socket.io-amqp0");
 
 // ── What you call ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2021,7 +2021,7 @@ class Membership extends NodePart {
     if (upSince === undefined) return; // the next connection announces
     const asksOthers = this.#announcedAt < upSince; // the first one on these connections
     const announcedAt = (this.#announcedAt = Math.ceil(performance.now()));
-    this.#toldBindings = 0; // whoever has not heard for a while counts none
+    this.#toldBindings = 0; // a peer that had lost sight of this server counts 0 for it
     const tenants = receiver.liveTenants;
     if (await sender.tell(this.#hello(asksOthers))) {
       await (this.#acquainted ??= this.#meet(performance.now() - announcedAt));
@@ -2195,12 +2195,12 @@ class Sender extends NodePart implements ConnectionEvents {
   async close(ms: number): Promise<number> {
     // What a peer has missed would go with this server.
     await within(ms, Promise.all([this.#replayed, this.publisher.drained()]));
+    this.tick(); // first: what is dropped now is not left as well
     const left = this.publisher.unconfirmedPackets;
     const bye = this.tell({ type: "bye", number: this.publisher.number });
     this.publisher.down(); // nothing is said after a goodbye
     if (left === 0) await within(CLOSE_PATIENCE, bye);
     clearTimeout(this.#flushing);
-    this.tick();
     return left;
   }
 
