@@ -1780,16 +1780,16 @@ describe("a connection", () => {
   });
 
   test("that never comes costs local sockets nothing", async () => {
-    const node = await start({ amqpConnection: () => connect("amqp://127.0.0.1:1") });
+    const node = await start({ amqpConnection: () => connect("amqp://127.0.0.1:1"), requestsTimeout: 200 });
     const ann = await join(node);
     expect(await milliseconds(async () => ann.socket.join("red"))).toBeLessThan(200);
     node.io.to("red").emit("hello");
     expect(await heardFrom(node.io, { ann })).toEqual({ ann: [["hello"]] });
     expect(await milliseconds(() => node.io.fetchSockets())).toBeLessThan(200);
     expect(node.adapter.stats).toMatchObject({ connected: false, reconnects: { consuming: 0, publishing: 0 } });
-    expect(await milliseconds(() => node.io.close())).toBeLessThan(500);
+    expect(await milliseconds(() => node.io.close())).toBeLessThan(700); // its two packets wait for requestsTimeout
     await expect(node.adapter.ready).rejects.toThrow("closed");
-    errorsOf(node);
+    expect(errorsOf(node).at(-1)).toContain("had confirmed 2 packets");
   });
 
   test("that is returned a second time is refused, and said what to do", async () => {
@@ -2406,6 +2406,24 @@ describe("an outage", () => {
     await b.adapter.close();
     for (const link of links) link.close();
     errorsOf(b);
+  });
+
+  test("in which a server closes loses nothing that it emits until then", async () => {
+    const link = await Proxy.open(broker.port);
+    const { people } = await crew();
+    const d = await start({ amqpConnection: () => connect(`amqp://guest:guest@127.0.0.1:${link.port}`) });
+    await d.adapter.ready;
+    link.cut();
+    await eventually(() => expect(d.adapter.stats.connected).toBe(false));
+    d.io.to("red").emit("n", 1);
+    const arrived = received(people.bob.client, "n");
+    const closed = d.io.close();
+    await Bun.sleep(300);
+    link.heal();
+    await closed;
+    expect(await arrived).toEqual([1]);
+    link.close();
+    expect(errorsOf(d).join()).not.toContain("confirmed");
   });
 
   test("whose sender closes while it replays loses nothing", async () => {
@@ -3092,6 +3110,34 @@ describe("an adapter", () => {
         expect(said).toEqual([expect.stringContaining(`journal.ms is ${here} here and ${there} on peer`)]);
       });
     [a, b].forEach(errorsOf);
+  });
+
+  test("reports an emitter with another parser, as the emitter does", async () => {
+    const a = await start();
+    await a.adapter.ready;
+    const reported = Promise.withResolvers<Error>();
+    const emitter = createEmitter({ amqpConnection, prefix, parser: msgpack, onError: reported.resolve });
+    closers.push(() => emitter.close());
+    expect((await reported.promise).message).toMatch(/^parser is ".*" here and "2\[\\"name\\"\]" on peer/s);
+    await eventually(() => expect(errors.get(a.adapter)).toHaveLength(1));
+    expect(errorsOf(a)).toEqual([expect.stringMatching(/parser is "2\[\\"name\\"\]" here and/)]);
+  });
+
+  test("works with a parser that takes only the events it knows, and encodes each time in another way", async () => {
+    const events = ["n", "end"];
+    class Encoder extends msgpack.Encoder {
+      #packets = 0;
+      override encode(packet: Parameters<msgpack.Encoder["encode"]>[0]) {
+        const [event] = Array.isArray(packet.data) ? packet.data : [];
+        if (packet.type === 2 && !events.includes(event)) throw new TypeError(`there is no event ${event}`);
+        return super.encode({ ...packet, packets: ++this.#packets } as typeof packet);
+      }
+    }
+    const parser = { ...msgpack, Encoder };
+    const { a, people } = await crew({}, { parser, connectionStateRecovery: {} }, { parser: msgpack });
+    a.io.emit("n", 1);
+    const heard = await heardFrom(a.io, people);
+    expect(Object.values(heard).map(([event]) => event?.slice(0, 2))).toEqual(Array(3).fill(["n", 1]));
   });
 
   test("whose errors nobody listens to warns the process, once per kind", async () => {

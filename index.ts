@@ -201,7 +201,8 @@ export function createAdapter(options: AdapterOptions): (nsp: Namespace) => Amqp
   return function (nsp: Namespace): AmqpAdapter {
     let node = nodes.get(nsp.server);
     // A server that was closed stays closed, until it is given an adapter anew.
-    if (!node || (node.closing && nsp.name === "/")) nodes.set(nsp.server, (node = new Node(settings)));
+    if (!node || (node.closing && nsp.name === "/"))
+      nodes.set(nsp.server, (node = new Node(settings, nsp.server.encoder)));
     return new AmqpAdapter(nsp, node);
   };
 }
@@ -217,9 +218,10 @@ export function createAdapter(options: AdapterOptions): (nsp: Namespace) => Amqp
  */
 export function createEmitter<Events extends EventMap<Events> = AnyEvents>(options: EmitterOptions): Emitter<Events> {
   const settings = checked(options, EMITTER_OPTIONS);
-  const node = new Node(settings, settings.onError);
+  const encoder = settings.parser && (new settings.parser.Encoder() as Encoder);
+  const node = new Node(settings, encoder, settings.onError);
   node.start();
-  return new Emitter<Events>(node, settings.parser && new settings.parser.Encoder());
+  return new Emitter<Events>(node, encoder);
 }
 
 type Settings = Required<Omit<AdapterOptions, "roomExchanges">> &
@@ -325,13 +327,12 @@ function checked<T extends NodeOptions>(options: T, expectations: Record<string,
 /** What the adapter uses of Socket.IO's classes, which socket.io-adapter types as `any`. */
 interface Namespace {
   readonly name: string;
-  readonly server: object;
+  readonly server: { readonly encoder: Encoder };
 }
 /** The same, with what Socket.IO's types hide or say in another way. */
 interface OpenNamespace extends Namespace, Pick<NodeJS.EventEmitter, "prependListener" | "off"> {
   readonly adapter?: { readonly "socket.io-amqp0"?: true; close(): unknown };
-  readonly server: {
-    readonly encoder: Encoder;
+  readonly server: Namespace["server"] & {
     readonly _parser: { Decoder: new (options?: object) => Decoder };
     readonly opts?: { readonly connectionStateRecovery?: { readonly maxDisconnectionDuration: number } };
   };
@@ -348,9 +349,10 @@ interface OpenNamespace extends Namespace, Pick<NodeJS.EventEmitter, "prependLis
 }
 /** What Socket.IO takes as its `parser` option, as far as it is used here. */
 export interface Parser {
-  Encoder: new () => { encode(packet: Packet): unknown[] };
+  /** It returns a list, though the types of socket.io-msgpack-parser say another thing. */
+  Encoder: new () => { encode(packet: Packet): unknown };
 }
-type Encoder = InstanceType<Parser["Encoder"]>;
+type Encoder = { encode(packet: Packet): unknown[] };
 type Decoder = Pick<NodeJS.EventEmitter, "on"> & { add(part: unknown): void; destroy(): void };
 interface EngineConnection extends Pick<NodeJS.EventEmitter, "once"> {
   readonly transport: { readonly writable: boolean };
@@ -689,12 +691,6 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
     return Promise.resolve(1 + this.#peers.length);
   }
 
-  /** @internal */
-  get shared(): Shared {
-    const { socketRooms, maxPayload, journal } = this.node.settings;
-    return { socketRooms, maxPayload, "journal.ms": journal.ms, parser: this.nsp.server.encoder.constructor.name };
-  }
-
   /** The other servers that have this namespace open. */
   get #peers(): string[] {
     return this.closing ? [] : this.node.membership.serversOf(this.nsp.name);
@@ -828,6 +824,17 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
       default:
         this.node.requests.onAnswer(message, from);
     }
+  }
+}
+
+/** What a parser makes of an event; undefined where it takes only some, or encodes each time in another way. */
+function sampleOf(encoder: Encoder): string | undefined {
+  const encode = () => encoder.encode({ type: EVENT, nsp: "/", data: ["name"] }).join();
+  try {
+    const sample = encode();
+    return sample === encode() ? sample : undefined;
+  } catch {
+    return undefined;
   }
 }
 
@@ -1461,7 +1468,7 @@ class Recovery {
     this.#node = node;
     this.#nsp = nsp;
     this.#routes = node.routes(nsp.name);
-    this.#pastes = nsp.server.encoder.encode({ type: EVENT, nsp: "/", data: ["name"] }).join() === '2["name"]';
+    this.#pastes = node.parser === '2["name"]';
     this.sessions = new Sessions(node.uid, node.settings.recoveryBytes, maxMs, follow);
     this.#handover = new Handover(node, nsp.name, this.sessions);
     this.#sweep = setInterval(() => this.sessions.expire(rooms), 1_000);
@@ -1732,10 +1739,9 @@ interface Tenant {
   report(error: Error): boolean;
   /** Emits `connect` or `disconnect` with the connection's name. */
   onConnection(event: "connect" | "disconnect", connection: string): void;
-  readonly shared: Shared;
 }
 
-/** Settings that must be the same on all servers, by the names that users know. */
+/** Settings that must be the same on all servers and emitters, by the names that users know. */
 type Shared = Record<string, unknown>;
 
 /** What the parts of a node share, and the parts themselves. */
@@ -1743,6 +1749,8 @@ abstract class Context {
   readonly uid: string = randomBytes(6).toString("base64url"); // 8 characters: what a frame's header has room for
   readonly settings: Settings;
   readonly names: Names;
+  /** What the servers' parser makes of an event, where that is known. */
+  readonly parser: string | undefined;
   /** The user's, of an emitter. */
   readonly onError: ((error: Error) => void) | undefined;
   readonly reports: Reports = new Reports(this);
@@ -1756,9 +1764,10 @@ abstract class Context {
   abstract readonly membership: Membership;
   abstract readonly inbox: Inbox;
 
-  constructor(settings: Settings, onError?: (error: Error) => void) {
+  constructor(settings: Settings, encoder?: Encoder, onError?: (error: Error) => void) {
     this.settings = settings;
     this.names = new Names(settings.prefix);
+    this.parser = encoder && sampleOf(encoder);
     this.onError = onError;
     this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
   }
@@ -1770,8 +1779,9 @@ abstract class Context {
   }
 
   get shared(): Shared {
-    const [tenant] = this.tenants.values();
-    return tenant?.shared ?? {};
+    const { socketRooms, maxPayload, journal } = this.settings;
+    const ofServers = this.tenants.size > 0 ? { socketRooms } : {};
+    return { ...ofServers, maxPayload, "journal.ms": journal.ms, parser: this.parser };
   }
 
   /** A connection is up or lost. */
@@ -1813,10 +1823,10 @@ class Reports extends NodePart {
     });
   };
 
-  /** Settings that must be the same on all servers, and are not. */
+  /** Settings that must be the same here and there, and are not. */
   compare(uid: string, ours: Shared, theirs: Shared): void {
     for (const [name, value] of Object.entries(ours)) {
-      if (theirs[name] === undefined || theirs[name] === value) continue;
+      if (value === undefined || theirs[name] === undefined || theirs[name] === value) continue;
       const values = `${Bun.inspect(value)} here and ${Bun.inspect(theirs[name])} on peer '${uid}'`;
       this.report(new Error(`${name} is ${values}; give all servers the same`));
     }
@@ -2527,8 +2537,7 @@ class Node extends Context {
       if (!this.tenants.get("/")?.closing) await within(this.settings.requestsTimeout, announced);
       return;
     }
-    const patience = this.sender.connection.upSince === undefined ? 0 : this.settings.requestsTimeout;
-    await this.close(patience).catch((error) => this.reports.report(asError(error)));
+    await this.close(this.settings.requestsTimeout).catch((error) => this.reports.report(asError(error)));
     await null; // what was reported reaches its listeners
     this.tenants.delete(name);
   }
