@@ -4,6 +4,7 @@
  */
 import { Server as BunEngine } from "@socket.io/bun-engine";
 import { connect, type Channel, type ChannelModel, type Options as Amqp } from "amqplib";
+import { heapStats } from "bun:jsc";
 import { afterAll, afterEach, beforeEach, describe, expect, spyOn, test } from "bun:test";
 import { once } from "node:events";
 import { createServer } from "node:http";
@@ -1504,6 +1505,15 @@ describe("an emitter", () => {
     await last;
     expect(cat.heard.slice(0, -1).map(([, i]) => i)).toEqual(Array.from({ length: 2_000 }, (_, i) => i));
     expect(() => emitter.emit("late")).toThrow();
+  });
+
+  test("may emit to any number of namespaces, of which it remembers a thousand", async () => {
+    const emitter = createEmitter({ amqpConnection, prefix });
+    closers.push(() => emitter.close());
+    const kept = () => (Bun.gc(true), heapStats().objectTypeCounts["Map"] ?? 0);
+    const before = kept();
+    for (let i = 0; i < 3_500; i++) emitter.of(`/chat${i}`);
+    expect(kept() - before).toBeLessThan(3_500); // three of each
   });
 
   test("alone leaves nothing behind", async () => {
@@ -3148,6 +3158,20 @@ describe("an adapter", () => {
       setTimeout(() => io.close(), 1_500);`);
     const lines = (await program.stdout.text()).split("\n").filter((line) => line.startsWith("SocketIoAmqp"));
     expect(lines.map((line) => /consuming|publishing/.exec(line)?.[0]).toSorted()).toEqual(["consuming", "publishing"]);
+  });
+
+  test("warns once of several peers with the same difference", async () => {
+    const nodes = await Promise.all([start(), start()]);
+    const program = child(`
+      process.on("warning", ({ name, message }) => console.log(name, message));
+      const journal = { ms: 30_000 };
+      const io = new Server(0, { serveClient: false, adapter: createAdapter({ amqpConnection, prefix, journal }) });
+      await io.of("/").adapter.ready;
+      while (await io.of("/").adapter.serverCount() < 3) await Bun.sleep(20);
+      await io.close();`);
+    const lines = (await program.stdout.text()).split("\n").filter((line) => line.startsWith("SocketIoAmqp"));
+    expect(lines).toEqual([expect.stringContaining("journal.ms is 30000 here and 60000 on peer")]);
+    nodes.forEach(errorsOf);
   });
 
   test("forgets the answers that did not come to an acknowledged broadcast of another server", async () => {
