@@ -30,6 +30,7 @@ import {
   type AdapterOptions,
   type Emitter,
   type EmitterOptions,
+  type Namespace,
 } from "./index";
 
 const RUN = `test-${process.pid}`;
@@ -1483,6 +1484,17 @@ describe("an emitter", () => {
     await gone;
   });
 
+  test("keeps its rooms in another namespace", async () => {
+    const { a, cat } = await crew();
+    const [dan, eve] = await Promise.all([join(a, ["red"], "/chat"), join(a, ["blue"], "/chat")]);
+    const emitter = emitting();
+    emitter.to("blue").of("/chat").emit("hello");
+    const people = { cat, dan, eve };
+    const heard = heardFrom(emitter, people);
+    emitter.of("/chat").emit("end");
+    expect(await heard).toEqual(only("eve", people, ["hello"]));
+  });
+
   test("emits to the servers, and is none of them", async () => {
     const nodes = await cluster();
     const emitter = emitting();
@@ -1490,7 +1502,8 @@ describe("an emitter", () => {
     emitter.serverSideEmit("hello", "world", Buffer.from("x"));
     expect(await all).toEqual(Array(3).fill(["world", Buffer.from("x")]));
     expect(await nodes[0].adapter.serverCount()).toBe(3);
-    expect(() => emitter.serverSideEmit("hello", () => {})).toThrow();
+    expect(() => emitter.serverSideEmit("hello", () => {})).toThrow("leave out the callback");
+    expect(() => emitter.emit("hello", () => {})).toThrow("leave out the callback");
     expect(() => emitter.emit("disconnect")).toThrow("reserved");
     expect(() => emitter.serverSideEmit("connection")).toThrow("reserved");
   });
@@ -3835,8 +3848,19 @@ describe("options", () => {
   });
 
   test("left undefined have their defaults", () => {
-    const none = { prefix: undefined, journal: undefined, socketRooms: undefined };
-    expect(createAdapter({ ...required, ...none })).toBeFunction();
+    const none = { prefix: undefined, journal: { ms: undefined }, socketRooms: undefined };
+    const adapter: (nsp: Namespace) => AmqpAdapter = createAdapter({ ...required, ...none });
+    expect(adapter).toBeFunction();
+  });
+
+  test("may be getters of a class", () => {
+    class Configuration implements AdapterOptions {
+      amqpConnection = required.amqpConnection;
+      get prefix() {
+        return "amq.own";
+      }
+    }
+    expect(() => createAdapter(new Configuration())).toThrow("amq.own");
   });
 });
 

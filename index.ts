@@ -57,12 +57,12 @@ export interface JournalOptions {
    * How many bytes are kept. Several times `maxPayload`, or one large packet pushes all others out.
    * @default 67_108_864 (64 MiB)
    */
-  bytes?: number;
+  bytes?: number | undefined;
   /**
    * How long a frame is kept, in ms: the longest outage that loses nothing. Give all servers the same.
    * @default 60_000
    */
-  ms?: number;
+  ms?: number | undefined;
 }
 
 /** What a server and an emitter need. */
@@ -79,22 +79,22 @@ interface NodeOptions {
    * What the names of all exchanges and queues begin with; servers with different prefixes do not meet.
    * @default "socket.io"
    */
-  prefix?: string;
+  prefix?: string | undefined;
   /**
    * The largest packet, in bytes. A larger one is delivered locally only, and reported as an `error`. The broker's own limit
    * (RabbitMQ 4: `max_message_size`, 16 MiB; RabbitMQ 3: 128 MiB) must not be smaller.
    * @default 16_777_216 (16 MiB)
    */
-  maxPayload?: number;
+  maxPayload?: number | undefined;
   /** What is kept to be sent again after an outage. */
-  journal?: JournalOptions;
+  journal?: JournalOptions | undefined;
   /**
    * How many bytes of packets may wait while the broker is away, blocked or slower than the emits. Beyond it the oldest are
    * dropped, and so is what waited longer than `journal.ms` while the broker was away; `stats.dropped` counts them, and an
    * `error` reports them.
    * @default 268_435_456 (256 MiB)
    */
-  maxQueued?: number;
+  maxQueued?: number | undefined;
 }
 
 export interface AdapterOptions extends NodeOptions {
@@ -111,46 +111,46 @@ export interface AdapterOptions extends NodeOptions {
    * namespace, so that a connecting client costs the broker nothing. `"bound"`: like any room. Give all servers the same.
    * @default "shared"
    */
-  socketRooms?: "shared" | "bound";
+  socketRooms?: "shared" | "bound" | undefined;
   /**
    * How long `fetchSockets()` and `serverSideEmit()` wait for the other servers, and `io.close()` for the broker, in ms.
    * @default 5_000
    */
-  requestsTimeout?: number;
+  requestsTimeout?: number | undefined;
   /**
    * How often a server tells the others that it is alive, in ms.
    * @default 5_000
    */
-  heartbeatInterval?: number;
+  heartbeatInterval?: number | undefined;
   /**
    * After how many ms of silence a server is no longer counted or waited for. One whose process has ended is noticed sooner, for
    * its queue goes: within 250 ms where it owes an answer, else when it misses a heartbeat.
    * @default 10_000
    */
-  heartbeatTimeout?: number;
+  heartbeatTimeout?: number | undefined;
   /**
    * With Socket.IO's `connectionStateRecovery`: how many bytes of delivered packets each namespace keeps for clients that may
    * come back. Who has missed more than that begins anew.
    * @default 67_108_864 (64 MiB)
    */
-  recoveryBytes?: number;
+  recoveryBytes?: number | undefined;
   /**
    * Arguments for the server's queue. With a length limit the broker drops messages without a report.
    * @default {}
    */
-  queueArguments?: Record<string, unknown>;
+  queueArguments?: object | undefined;
 }
 
 export interface EmitterOptions extends NodeOptions {
   /** Called with what a user should know: a lost connection, a refused permission, a packet that could not be sent. */
-  onError?: (error: Error) => void;
+  onError?: ((error: Error) => void) | undefined;
   /**
    * How long `close()` waits until the broker has confirmed everything, in ms.
    * @default 30_000
    */
-  closeTimeout?: number;
+  closeTimeout?: number | undefined;
   /** The parser of the Socket.IO servers, if not the default one. Without it, arguments travel as JSON with binary. */
-  parser?: Parser;
+  parser?: Parser | undefined;
 }
 
 /** A snapshot of what the adapter has done. Frames and packets are the whole server's, not only this namespace's. */
@@ -224,9 +224,10 @@ export function createEmitter<Events extends EventMap<Events> = AnyEvents>(optio
   return new Emitter<Events>(node, encoder);
 }
 
-type Settings = Required<Omit<AdapterOptions, "roomExchanges">> &
-  Required<Pick<EmitterOptions, "closeTimeout">> &
-  Pick<AdapterOptions, "roomExchanges"> & { journal: Required<JournalOptions> };
+type Given<T> = { [K in keyof T]-?: Exclude<T[K], undefined> };
+type Settings = Given<Omit<AdapterOptions, "roomExchanges" | "journal">> &
+  Given<Pick<EmitterOptions, "closeTimeout">> &
+  Pick<AdapterOptions, "roomExchanges"> & { journal: Given<JournalOptions> };
 type Check = (value: unknown) => boolean;
 type Expectation = [expected: string, meets: Check];
 
@@ -285,7 +286,7 @@ const EMITTER_OPTIONS: Record<string, Expectation> = {
   ...NODE_OPTIONS,
   onError: ["a function", optional(isFunction)],
   closeTimeout: milliseconds,
-  parser: ["what Socket.IO takes as a parser", optional((value) => isRecord(value) && isFunction(value["Encoder"]))],
+  parser: ["what Socket.IO takes as a parser", optional((value) => isFunction(Object(value)["Encoder"]))],
 };
 
 /** The name that has the most pairs of letters in common with this one. */
@@ -301,19 +302,17 @@ function checked<T extends NodeOptions>(options: T, expectations: Record<string,
   const refusal = (name: string, expected: string, value: unknown) =>
     new TypeError(`Expected ${name} to be ${expected}, got ${Bun.inspect(value)} (${typeof value})`);
   if (!isRecord(options)) throw refusal("the options", "an object with amqpConnection", options);
-  const given = { ...options };
   const names = Object.keys(expectations);
-  for (const name in given) {
-    if (given[name] === undefined) delete given[name];
-    else if (!names.includes(name))
-      throw new TypeError(
-        `Unknown option ${name}: did you mean ${nearest(name, names)}? There are ${names.join(", ")}`,
-      );
-  }
-  const settings = { ...DEFAULTS, ...given };
+  const unknown = Object.keys(options).find((name) => !names.includes(name) && options[name] !== undefined);
+  if (unknown !== undefined)
+    throw new TypeError(
+      `Unknown option ${unknown}: did you mean ${nearest(unknown, names)}? There are ${names.join(", ")}`,
+    );
+  const settings = { ...DEFAULTS, ...options };
   for (const [name, [expected, meets]] of Object.entries(expectations)) {
-    const value: unknown = Reflect.get(settings, name);
+    const { [name]: value = Reflect.get(DEFAULTS, name) } = options; // one by one: they may be getters of a class
     if (!meets(value)) throw refusal(name, expected, value);
+    Reflect.set(settings, name, value);
   }
   const { heartbeatInterval, heartbeatTimeout, journal } = settings;
   if (heartbeatTimeout <= heartbeatInterval)
@@ -325,7 +324,7 @@ function checked<T extends NodeOptions>(options: T, expectations: Record<string,
 // ── The adapter ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** What the adapter uses of Socket.IO's classes, which socket.io-adapter types as `any`. */
-interface Namespace {
+export interface Namespace {
   readonly name: string;
   readonly server: { readonly encoder: Encoder };
 }
@@ -349,8 +348,9 @@ interface OpenNamespace extends Namespace, Pick<NodeJS.EventEmitter, "prependLis
 }
 /** What Socket.IO takes as its `parser` option, as far as it is used here. */
 export interface Parser {
-  /** It returns a list, though the types of socket.io-msgpack-parser say another thing. */
-  Encoder: new () => { encode(packet: Packet): unknown };
+  /** `encode()` returns a list of strings and buffers. The types of socket.io-msgpack-parser say `ArrayBuffer`. */
+  Encoder: new () => { encode(packet: never): readonly unknown[] | ArrayBuffer };
+  Decoder?: unknown;
 }
 type Encoder = { encode(packet: Packet): unknown[] };
 type Decoder = Pick<NodeJS.EventEmitter, "on"> & { add(part: unknown): void; destroy(): void };
@@ -1628,10 +1628,10 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
     return this.#node.opened.promise;
   }
 
-  /** An emitter for another namespace. */
+  /** An emitter for another namespace, with the same rooms and flags. */
   of(nsp: string): Emitter<Events> {
     const name = nsp.startsWith("/") ? nsp : `/${nsp}`;
-    return new Emitter<Events>(this.#node, this.#encoder, this.#node.routes(name));
+    return new Emitter<Events>(this.#node, this.#encoder, this.#node.routes(name), this.#opts);
   }
 
   /** Adds rooms; a client in several of them gets the packet once. */
@@ -1661,11 +1661,10 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
 
   /**
    * Emits to the clients.
-   * @throws Error if the event's name is reserved, TypeError if an argument cannot be encoded as JSON with binary
+   * @throws Error if the event's name is reserved, TypeError for a callback, or an argument that is not JSON with binary
    */
   emit<Name extends keyof Events & string>(name: Name, ...args: Parameters<Events[Name]>): true {
-    if (RESERVED_EVENTS.test(name)) throw new Error(`"${name}" is a reserved event name`);
-    const data = [name, ...args];
+    const data = eventWithoutAnswer(RESERVED_EVENTS, [name, ...args]);
     const parts = this.#encoder?.encode({ type: EVENT, nsp: this.#routes.nsp, data });
     if (parts) return this.#add(this.#routes.packets(this.#opts), parts);
     return this.#send({ type: "packet", opts: toWire(this.#opts), data });
@@ -1687,10 +1686,7 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
 
   /** Emits to the servers themselves: `io.on(name, …)`. There are no answers. */
   serverSideEmit(name: string, ...args: unknown[]): void {
-    if (SERVER_EVENTS.test(name)) throw new Error(`"${name}" is a reserved event name`);
-    if (typeof args.at(-1) === "function")
-      throw new TypeError("An emitter cannot wait for answers; leave out the callback");
-    this.#send({ type: "emit", id: undefined, args: [name, ...args] });
+    this.#send({ type: "emit", id: undefined, args: eventWithoutAnswer(SERVER_EVENTS, [name, ...args]) });
   }
 
   /**
@@ -1714,6 +1710,12 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
     this.#node.sender.add(to, parts);
     return true;
   }
+}
+
+function eventWithoutAnswer(reserved: RegExp, data: [name: string, ...args: unknown[]]): unknown[] {
+  if (reserved.test(data[0])) throw new Error(`"${data[0]}" is a reserved event name`);
+  if (typeof data.at(-1) !== "function") return data;
+  throw new TypeError("An emitter cannot wait for answers; leave out the callback");
 }
 
 // ── The node: one server's (or emitter's) place in the cluster ───────────────────────────────────────────────────────
