@@ -3,7 +3,7 @@
  * meet; what must not arrive is shown by a later packet on the same way, for order holds.
  */
 import { Server as BunEngine } from "@socket.io/bun-engine";
-import { connect, type Channel, type ChannelModel, type Options as Amqp } from "amqplib";
+import { connect, type Channel, type ChannelModel, type Options as Amqp, type RecoveringChannelModel } from "amqplib";
 import { heapStats } from "bun:jsc";
 import { afterAll, afterEach, beforeEach, describe, expect, spyOn, test } from "bun:test";
 import { once } from "node:events";
@@ -431,6 +431,7 @@ describe("a room named", () => {
     ["__proto__", "__proto__"],
     ["constructor", "constructor"],
     ["by nothing", ""],
+    ["by half an emoji", "\ud83d"],
   ];
   const sharedCrew = shared(crew);
   test.each(names)("%s works across servers", async (_, name) => {
@@ -446,6 +447,19 @@ describe("a room named", () => {
     a.io.to(room).emit("hello");
     expect(await heardFrom(a.io, people)).toEqual(only("", people, ["hello"]));
     expect(c.adapter.rooms.has(room)).toBe(false);
+  });
+
+  test("by half an emoji may be left without one that has the same bytes", async () => {
+    const { a, cat } = await crew();
+    await cat.socket.join(["\ud800", "\ufffd"]);
+    await cat.socket.join("last");
+    const bound = async () => (await bindings()).some(({ key }) => key === "/#last");
+    await eventually(async () => expect(await bound()).toBe(true));
+    await Promise.all(["\ud800", "last"].map((room) => cat.socket.leave(room)));
+    await eventually(async () => expect(await bound()).toBe(false));
+    const hello = received(cat.client, "hello");
+    a.io.to("\ufffd").emit("hello");
+    await hello;
   });
 
   test("by more than 255 bytes never meets another", async () => {
@@ -674,6 +688,24 @@ describe("acknowledgements", () => {
     expect(names.toSorted()).toEqual(["ann", "bob"]);
   });
 
+  test("may take the longest time that a timer takes", async () => {
+    const { a } = await crew();
+    expect(await a.io.timeout(2 ** 31 - 1).emitWithAck("name?")).toHaveLength(3);
+  });
+
+  test("and other answers are not waited for from a server where the namespace has just closed", async () => {
+    const [a, b] = await cluster(undefined, { cleanupEmptyChildNamespaces: true });
+    for (const { io } of [a, b]) io.of(/^\/dynamic-/);
+    const [ann, bob] = await Promise.all([join(a, [], "/dynamic-1"), join(b, [], "/dynamic-1")]);
+    const { adapter } = a.io.of("/dynamic-1");
+    await eventually(async () => expect(await adapter.serverCount()).toBe(2));
+    const gone = once(bob.socket, "disconnect");
+    bob.client.disconnect();
+    await gone;
+    expect(await milliseconds(() => a.io.of("/dynamic-1").fetchSockets())).toBeLessThan(1_000);
+    expect(ann.socket.connected).toBe(true);
+  });
+
   test("for arguments that cannot be encoded are an error for the caller, and cost no other", async () => {
     const { a, people } = await crew();
     await expect(a.io.timeout(500).emitWithAck("name?", 1n)).rejects.toThrow("BigInt");
@@ -883,6 +915,13 @@ describe("servers", () => {
       expect(await adapter.serverCount()).toBe(3);
     }
   }, 15_000);
+
+  test("with other heartbeats know each other all the time", async () => {
+    const [a, b] = await Promise.all([start({ heartbeatInterval: 50, heartbeatTimeout: 400 }), start()]);
+    await acquainted([a, b]);
+    for (const end = performance.now() + 1_500; performance.now() < end; await Bun.sleep(20))
+      expect(await a.adapter.serverCount()).toBe(2);
+  });
 
   test("killed with SIGKILL are not counted once they miss a heartbeat, though nobody asks them", async () => {
     const a = await start({ heartbeatInterval: 200, heartbeatTimeout: 60_000 });
@@ -1733,8 +1772,6 @@ describe("a connection", () => {
       const connections = [await connect(broker.url), await connect(broker.url)];
       return () => connections.shift() ?? connect(broker.url);
     },
-    "that recovers by itself": async () => () => connect(broker.url, { recovery: true }),
-    "that recovers by itself, later": async () => () => connect(broker.url, { recovery: { waitForConnect: false } }),
   };
   test.each(Object.entries(opened))("%s serves a server", async (_, opened) => {
     const [a, b, c] = await Promise.all([start(), start(), start({ amqpConnection: await opened() })]);
@@ -1813,6 +1850,57 @@ describe("a connection", () => {
     expect(await milliseconds(() => node.io.close())).toBeLessThan(700); // its two packets wait for requestsTimeout
     await expect(node.adapter.ready).rejects.toThrow("closed");
     expect(errorsOf(node).at(-1)).toContain("had confirmed 2 packets");
+  });
+
+  test.each([true, { waitForConnect: false }])(
+    "with amqplib's own recovery is refused, and closed",
+    async (recovery) => {
+      const opened: RecoveringChannelModel[] = [];
+      const recovering = async () => {
+        const model = await connect(broker.url, { recovery });
+        opened.push(model);
+        return model as unknown as ChannelModel;
+      };
+      const node = await start({ amqpConnection: recovering });
+      const [error] = await once(node.adapter, "error");
+      expect(String(error)).toContain("leave it out");
+      const [ann] = [await join(node)];
+      expect(await milliseconds(async () => ann.socket.join("red"))).toBeLessThan(500);
+      await node.io.close();
+      for (const model of opened) await expect((async () => model.createChannel())()).rejects.toThrow();
+      errorsOf(node);
+    },
+  );
+
+  test("that is closed without a promise is closed all the same", async () => {
+    const odd = async () => {
+      const model = await connect(broker.url);
+      const close = model.close.bind(model);
+      model.close = (() => void close().catch(() => {})) as unknown as typeof close;
+      return model;
+    };
+    const node = await start({ amqpConnection: odd });
+    await node.adapter.ready;
+    await closeConnections();
+    await eventually(() => expect(node.adapter.stats.reconnects).toEqual({ consuming: 1, publishing: 1 }));
+    errorsOf(node);
+  });
+
+  test("whose queue has lost its bindings is opened again, and nothing is lost", async () => {
+    const heartbeats = { heartbeatInterval: 100, heartbeatTimeout: 400 };
+    const [a, b] = await Promise.all([start(heartbeats), start(heartbeats)]);
+    await acquainted([a, b]);
+    const bob = await join(b, ["red"]);
+    await settled();
+    const admin = await connect(broker.url);
+    const channel = await admin.createChannel();
+    await channel.deleteExchange(`${prefix}#keys`);
+    await admin.close();
+    await eventually(() => expect(a.adapter.stats.reconnects.publishing).toBe(1));
+    for (let n = 0; n < 5; n++) a.io.to("red").emit("n", n);
+    await eventually(() => expect(bob.heard.map(([, n]) => n)).toEqual([0, 1, 2, 3, 4]), 4_000);
+    expect(errorsOf(b).join()).toContain("The queue gets nothing any more");
+    errorsOf(a);
   });
 
   test("that is returned a second time is refused, and said what to do", async () => {
@@ -3173,6 +3261,25 @@ describe("an adapter", () => {
     expect(lines.map((line) => /consuming|publishing/.exec(line)?.[0]).toSorted()).toEqual(["consuming", "publishing"]);
   });
 
+  test("warns once of foreign messages that it cannot read", async () => {
+    const program = child(`
+      process.on("warning", ({ name, message }) => console.log(name, message));
+      ${A_SERVER}
+      console.log("ready");
+      io.on("bye", () => io.close());`);
+    const output: string[] = [];
+    for await (const text of program.stdout.pipeThrough(new TextDecoderStream())) {
+      output.push(text);
+      if (!text.includes("ready")) continue;
+      for (let i = 0; i < 3; i++) await publish(prefix, "/", `"message ${"i".repeat(i)}"`, JSON_TYPE);
+      const emitter = createEmitter({ amqpConnection, prefix });
+      emitter.serverSideEmit("bye");
+      await emitter.close();
+    }
+    const lines = output.join("").split("\n");
+    expect(lines.filter((line) => line.startsWith("SocketIoAmqp"))).toHaveLength(1);
+  });
+
   test("warns once of several peers with the same difference", async () => {
     const nodes = await Promise.all([start(), start()]);
     const program = child(`
@@ -3525,6 +3632,38 @@ describe("connection state recovery", () => {
     expect(guest.numbers).toEqual([1, 2]);
   });
 
+  test("keeps a namespace open until the last session has gone, with its client or without", async () => {
+    const server = { connectionStateRecovery: { maxDisconnectionDuration: 600 }, cleanupEmptyChildNamespaces: true };
+    const [a, b] = await Promise.all([start({}, server), start({}, server)]);
+    await acquainted([a, b]);
+    for (const { io } of [a, b]) io.of(/^\/doc-/);
+    const isOpen = ({ io }: Host) => io._nsps.has("/doc-1");
+    const guest = await Guest.at(a, ["red"], "/doc-1");
+    const lose = async (node: Host) => {
+      await guest.leave();
+      await eventually(() => expect(node.io.of("/doc-1").sockets.size).toBe(0));
+      expect(isOpen(node)).toBe(true);
+      node.io.of("/doc-1").to("red").emit("n", 1);
+    };
+    await lose(a);
+    expect(await guest.back(b)).toBe(true);
+    await eventually(() => expect(guest.numbers).toEqual([1]));
+    await eventually(() => expect(isOpen(a)).toBe(false));
+    await lose(b);
+    await eventually(() => expect(isOpen(b)).toBe(false), 4_000);
+  });
+
+  test("for any time is the same on another server", async () => {
+    const server = { connectionStateRecovery: { maxDisconnectionDuration: Infinity } };
+    const [a, b] = await cluster({}, server);
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await noticed(a);
+    a.io.to("red").emit("n", 1);
+    expect(await guest.back(b)).toBe(true);
+    await eventually(() => expect(guest.numbers).toEqual([1]));
+  });
+
   test("keeps a namespace open while a client waits for its session, though another one goes", async () => {
     const server = { connectionStateRecovery: {}, cleanupEmptyChildNamespaces: true };
     const link = await Proxy.open(broker.port);
@@ -3543,7 +3682,7 @@ describe("connection state recovery", () => {
     await eventually(() => expect(a.io.of("/doc-1").sockets.size).toBe(1));
     link.latency = 100;
     const back = guest.back(b);
-    await eventually(() => expect(adapterOf(b.io, "/doc-1")["recovery"]?.restoring).toBe(1));
+    await eventually(() => expect(adapterOf(b.io, "/doc-1")["recovery"]?.isAwaited).toBe(true));
     other.client.disconnect();
     expect(await back).toBe(true);
     link.latency = 0;

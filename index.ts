@@ -36,7 +36,7 @@
 import { createHash, randomBytes, randomUUID } from "node:crypto";
 import type { Socket as TcpSocket } from "node:net";
 import { debuglog } from "node:util";
-import type { Channel, ChannelModel, ConsumeMessage, Options, RecoveringChannelModel } from "amqplib";
+import type { Channel, ChannelModel, ConsumeMessage, Options } from "amqplib";
 import { Adapter, type BroadcastFlags, type BroadcastOptions, type Room, type SocketId } from "socket.io-adapter";
 import type { Session as Restored } from "socket.io-adapter";
 
@@ -48,8 +48,8 @@ const debug = debuglog("socket.io-amqp0");
 /** @internal What a simulation needs: none of it does I/O. */
 export { PeerStream, predecessorsOf, Publisher, readFrame, readSections, Routes, takePackets };
 
-/** What amqplib's `connect()` resolves to, recovering or not. */
-export type AmqpConnection = ChannelModel | RecoveringChannelModel;
+/** What amqplib's `connect()` resolves to, without its option `recovery`: the adapter opens new connections itself. */
+export type AmqpConnection = ChannelModel;
 
 /** Which published frames are kept, to be sent again after a cut connection or a broker restart. */
 export interface JournalOptions {
@@ -232,6 +232,8 @@ type Check = (value: unknown) => boolean;
 type Expectation = [expected: string, meets: Check];
 
 const MiB = 1024 * 1024;
+/** The longest time of a timer, in ms. */
+const MAX_TIMEOUT = 2 ** 31 - 1;
 const DEFAULTS = {
   prefix: "socket.io",
   socketRooms: "shared" as const,
@@ -253,7 +255,7 @@ function optional(check: Check): Check {
 }
 const isFunction: Check = (value) => typeof value === "function";
 const isPositive: Check = (value) => typeof value === "number" && value > 0;
-const isBelow2To31: Check = (value) => isPositive(value) && Number(value) < 2 ** 31;
+const isBelow2To31: Check = (value) => isPositive(value) && Number(value) <= MAX_TIMEOUT;
 const milliseconds: Expectation = ["a positive number of ms below 2^31", isBelow2To31];
 const bytes: Expectation = ["a positive number of bytes", isPositive];
 
@@ -470,11 +472,11 @@ class BoundAdapter extends Adapter {
       void within(1_000, live).then(() => run.call(nsp, socket, next));
     };
     // With `cleanupEmptyChildNamespaces`, Socket.IO closes a namespace when a client goes and no other is connected, even if
-    // others are held back. Here it stays open until none is.
+    // others are held back, or may come back. Here it stays open until none is.
     if (!coming || !Object.hasOwn(nsp, "_remove")) return;
     nsp._remove = (socket) => {
       void (sockets.delete(socket.id) || coming.delete(socket.id));
-      if (coming.size === 0 && !this.recovery?.restoring) remove.call(nsp, socket);
+      if (coming.size === 0 && !this.recovery?.isAwaited) remove.call(nsp, socket);
     };
   }
 
@@ -580,9 +582,12 @@ class LocalAdapter extends BoundAdapter {
     for (const { acks } of sockets) acks.set(packet.id, onAck);
     this.#write({ sockets, target, origin: FOREIGN, packets, decoded: packet });
     // Socket.IO would keep these callbacks until the clients disconnect. An answer may be a second late.
-    setTimeout(() => {
-      for (const { acks } of sockets) acks.delete(packet.id);
-    }, message.timeout + 1_000).unref();
+    setTimeout(
+      () => {
+        for (const { acks } of sockets) acks.delete(packet.id);
+      },
+      Math.min(message.timeout, MAX_TIMEOUT - 1_000) + 1_000,
+    ).unref();
   }
 
   /** Answers with a list, in parts of a bounded size. */
@@ -780,7 +785,7 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
   #ask(method: string, question: (id: string) => Message, answers: Answers, flags: BroadcastFlags = {}) {
     const peers = flags.local ? [] : this.#peers;
     const timeout = flags.timeout ?? this.node.settings.requestsTimeout;
-    const asked = this.node.requests.ask(peers, timeout, (id) => this.#send(question(id)), answers);
+    const asked = this.node.requests.ask(this.nsp.name, peers, timeout, (id) => this.#send(question(id)), answers);
     const late = (count: number) => new Error(`${method}: ${count} of ${peers.length} servers did not answer in time`);
     return asked.then((unanswered) => (unanswered > 0 ? late(unanswered) : null));
   }
@@ -1098,6 +1103,8 @@ class Sessions {
   /** Rooms that stay bound though nobody may be in them, and for how many sessions. */
   readonly pinned: Map<Room, number> = new Map();
   readonly follow: Follow;
+  /** The last session has gone. */
+  readonly #emptied: () => void;
   readonly #uid: string;
   readonly #maxMs: number;
   /** By private id: those that wait here, or move. */
@@ -1109,10 +1116,11 @@ class Sessions {
   /** Clients that came from other servers and had missed packets: when (ms, monotonic), and the last one's position here. */
   readonly #returns = new Map<string, { readonly at: number; readonly end: number }>();
 
-  constructor(uid: string, maxBytes: number, maxMs: number, follow: Follow) {
+  constructor(uid: string, maxBytes: number, maxMs: number, follow: Follow, emptied: () => void) {
     this.#uid = uid;
-    this.#maxMs = maxMs;
+    this.#maxMs = Math.min(maxMs, LAST); // JSON has no Infinity
     this.follow = follow;
+    this.#emptied = emptied;
     this.log = new DeliveryLog(maxBytes);
   }
 
@@ -1151,6 +1159,7 @@ class Sessions {
     if (this.#kept.get(session.pid) !== session) return;
     this.#kept.delete(session.pid);
     this.#unpin(session.rooms);
+    if (this.#kept.size === 0) this.#emptied();
   }
 
   /** Whether packets for a room or options are kept though there is no socket for them. */
@@ -1447,7 +1456,7 @@ class Handover {
       const parts = encodeValue(question(id));
       for (const uid of peers) sender.add(this.#node.routes(this.#nsp).direct(uid), parts);
     };
-    return this.#node.requests.ask(peers, Math.max(until - performance.now(), 0), send, takingLists(take));
+    return this.#node.requests.ask(this.#nsp, peers, Math.max(until - performance.now(), 0), send, takingLists(take));
   }
 }
 
@@ -1455,7 +1464,7 @@ class Handover {
 class Recovery {
   readonly sessions: Sessions;
   /** How many clients wait for their sessions. */
-  restoring = 0;
+  #restoring = 0;
   readonly #handover: Handover;
   readonly #node: Node;
   readonly #nsp: OpenNamespace;
@@ -1469,20 +1478,26 @@ class Recovery {
     this.#nsp = nsp;
     this.#routes = node.routes(nsp.name);
     this.#pastes = node.parser === '2["name"]';
-    this.sessions = new Sessions(node.uid, node.settings.recoveryBytes, maxMs, follow);
+    const emptied = () => nsp._remove({ id: "" }); // the last client may have gone before
+    this.sessions = new Sessions(node.uid, node.settings.recoveryBytes, maxMs, follow, emptied);
     this.#handover = new Handover(node, nsp.name, this.sessions);
     this.#sweep = setInterval(() => this.sessions.expire(rooms), 1_000);
     this.#sweep.unref();
     nsp.prependListener("connect", this.#onConnect);
   }
 
+  /** Whether clients wait for their sessions, or sessions for their clients. */
+  get isAwaited(): boolean {
+    return this.#restoring + this.sessions.size > 0;
+  }
+
   /** The session of a client that comes back. Rejects where none waits, or what was missed is not known any more. */
   async restore(pid: string, offset: string): Promise<Restored> {
-    this.restoring++;
+    this.#restoring++;
     try {
       return await this.#restore(pid, offset);
     } finally {
-      this.restoring--;
+      this.#restoring--;
     }
   }
 
@@ -1892,6 +1907,8 @@ class Membership extends NodePart {
   #announcedAt = 0;
   /** How many keys were bound at the last heartbeat. */
   #toldBindings = 0;
+  /** When the first heartbeat was sent that this server's queue has not brought back since (ms, monotonic), or the last one. */
+  #beatAt = 0;
 
   /** The servers that have a namespace open, this one not counted. */
   serversOf(nsp: string): string[] {
@@ -1920,6 +1937,7 @@ class Membership extends NodePart {
       case "hello":
         if (peer.greetedAt === 0) reports.compare(uid, shared, control.shared);
         peer.namespaces = new Set(control.namespaces);
+        this.context.requests.onLeave(uid, peer.namespaces);
         peer.revision = control.revision;
         peer.greetedAt = peer.heardAt;
         peer.queueGoneAt = undefined;
@@ -1932,6 +1950,8 @@ class Membership extends NodePart {
         stream.hears(control.number, control.floor);
         if (!peer.namespaces || peer.revision !== control.revision) void sender.tell(this.#hello(true), uid);
         return;
+      case "ping":
+        return void sender.tell(this.#beat(), uid);
       case "bye":
         this.#leaves(peer);
         this.#giveUp(peer, "has closed", control.number);
@@ -1975,6 +1995,9 @@ class Membership extends NodePart {
     // A storm of joins: peers route by it, and should know before the next heartbeat.
     if (receiver.countBound() > 2 * this.#toldBindings + FEW_BINDINGS) this.beat();
     const now = performance.now();
+    // Somebody has unbound it, or deleted an exchange that others have declared anew since.
+    if (this.#beatAt > receiver.heardAt && now - Math.max(this.#beatAt, upSince) > heartbeatTimeout)
+      receiver.connection.lose(new Error("The queue gets nothing any more"));
     for (const peer of this.peers.values()) {
       this.ask(peer);
       // It may have lost its connection for a moment; killed, it will not come back.
@@ -2013,10 +2036,13 @@ class Membership extends NodePart {
   /** Every `heartbeatInterval`. */
   beat(): void {
     const { sender, receiver } = this.context;
-    const { number, floor } = sender.publisher;
-    const bindings = receiver.countBound();
-    const told = sender.tell({ type: "beat", revision: this.#announcedAt, number, floor, bindings });
-    void told.then((taken) => taken && (this.#toldBindings = bindings));
+    const beat = this.#beat();
+    const beatAt = performance.now();
+    void sender.tell(beat).then((taken) => {
+      if (!taken) return;
+      this.#toldBindings = beat.bindings;
+      if (receiver.heardAt >= this.#beatAt) this.#beatAt = beatAt;
+    });
   }
 
   /** Right after an outage a peer's queue may just not be back yet. */
@@ -2044,6 +2070,12 @@ class Membership extends NodePart {
   /** After the first hello, whose confirm took some ms: resolves when no more peers answer it. */
   async #meet(confirmMs: number): Promise<void> {
     for (let known = -1; known < this.peers.size; await Bun.sleep(2 * confirmMs + MEETING)) known = this.peers.size;
+  }
+
+  #beat(): Control & { type: "beat" } {
+    const { sender, receiver } = this.context;
+    const { number, floor } = sender.publisher;
+    return { type: "beat", revision: this.#announcedAt, number, floor, bindings: receiver.countBound() };
   }
 
   #hello(reply: boolean): Control {
@@ -2081,20 +2113,20 @@ interface Answers {
   readonly done?: ((uid: string) => void) | undefined;
 }
 /** `owing`: the peers that have not said all; when there are none, the request ends. */
-type Request = Answers & { readonly owing: Set<string>; readonly end: () => void };
+type Request = Answers & { readonly nsp: string; readonly owing: Set<string>; readonly end: () => void };
 
 /** Questions to peers, and who has not answered yet. */
 class Requests {
   readonly #open = new Map<string, Request>();
 
   /** Resolves when each of `peers` has said all or has left, or after `ms`, with how many have not. */
-  ask(peers: string[], ms: number, send: (id: string) => void, answers: Answers): Promise<number> {
+  ask(nsp: string, peers: string[], ms: number, send: (id: string) => void, answers: Answers): Promise<number> {
     if (peers.length === 0) return Promise.resolve(0);
     const id = randomUUID();
     send(id); // throws if it cannot be encoded, and then there is no request
     const { promise, resolve } = Promise.withResolvers<void>();
     const owing = new Set(peers);
-    this.#open.set(id, { ...answers, owing, end: resolve });
+    this.#open.set(id, { ...answers, nsp, owing, end: resolve });
     return within(ms, promise).then(() => {
       this.#open.delete(id);
       return owing.size;
@@ -2106,9 +2138,9 @@ class Requests {
     if (request?.owing.has(from) && request.take(message, from)) this.#finish(request, from);
   }
 
-  /** Nobody waits for this peer. */
-  onLeave(uid: string): void {
-    for (const request of this.#open.values()) this.#finish(request, uid);
+  /** Nobody waits for this peer, but for what it has still open. */
+  onLeave(uid: string, namespaces?: ReadonlySet<string>): void {
+    for (const request of this.#open.values()) if (!namespaces?.has(request.nsp)) this.#finish(request, uid);
   }
 
   /** Whether somebody waits for this peer. */
@@ -3287,8 +3319,8 @@ class Routes {
     const [room] = rooms;
     const hasOptions = rooms.size > 1 || except?.size || flags.volatile !== undefined || flags.compress !== undefined;
     if (rooms.size === 0 && !hasOptions) return this.#everyone;
-    // Users pass `undefined` for a room as well.
-    const isRoom = !hasOptions && typeof room === "string";
+    // Users pass `undefined` for a room as well, and half of an emoji, which UTF-8 does not hold, but JSON does.
+    const isRoom = !hasOptions && typeof room === "string" && room.isWellFormed();
     const head = isRoom ? room : JSON.stringify([sentRooms(rooms), sentRooms(except ?? []), sentFlags(flags)]);
     const ready = isRoom ? this.#toRooms : this.#toOptions;
     const known = ready.get(head);
@@ -3519,7 +3551,7 @@ class Bindings {
   }
 }
 
-/** What the broker's version forbids. */
+/** What is refused until somebody changes it: it is tried again less often. */
 class Refusal extends Error {}
 
 /**
@@ -3764,9 +3796,13 @@ class Connection {
     this.#running = this.#run();
   }
 
+  lose(error: Error): void {
+    this.#interrupt?.(error);
+  }
+
   async close(): Promise<void> {
     this.#closed = true;
-    this.#interrupt?.(new Error("closed"));
+    this.lose(new Error("closed"));
     await this.#running;
   }
 
@@ -3821,6 +3857,12 @@ class Connection {
     const model = await this.#context.settings.amqpConnection();
     if (typeof model?.createConfirmChannel !== "function" || typeof model.close !== "function")
       throw new TypeError(`amqpConnection returned ${Bun.inspect(model)}, not what amqplib's connect() returns`);
+    if (!("connection" in model)) {
+      await closeConnection(model);
+      throw new Refusal(
+        "amqpConnection uses amqplib's recovery: leave it out, for the adapter opens new connections itself",
+      );
+    }
     if (used.has(model))
       throw new TypeError(
         "amqpConnection returned a connection that is in use: return a new connection from each call",
@@ -3832,10 +3874,7 @@ class Connection {
 
 /** Hears of the connection's end. The listeners stay: amqplib throws an error that nobody listens for. */
 function watchConnection(model: AmqpConnection, lose: Lose): void {
-  // Both kinds have these events, and their overloads of `on` do not unite.
-  const events: NodeJS.EventEmitter = model;
-  events.on("error", lose).on("close", (error?: Error) => lose(error ?? new Error("Connection closed")));
-  events.on("disconnect", lose); // amqplib's recovering connection: replaced, not waited for
+  model.on("error", lose).on("close", (error?: Error) => lose(error ?? new Error("Connection closed")));
   // amqplib leaves Nagle's algorithm on, which holds a small message back for up to 40 ms while another is under way, and
   // does not look at the socket's own "close".
   const { stream } = internals(model);
@@ -3846,9 +3885,9 @@ function watchConnection(model: AmqpConnection, lose: Lose): void {
 /** Closes what `amqpConnection` returned. */
 async function closeConnection(model: AmqpConnection): Promise<void> {
   const ignore = (error: unknown) => debug("close: %s", asError(error).message);
-  const events: NodeJS.EventEmitter = model;
-  events.on("error", ignore); // one that came too late has no listener yet
-  await within(CLOSE_PATIENCE, model.close().catch(ignore));
+  model.on("error", ignore); // one that came too late has no listener yet
+  const closed = (async () => model.close())(); // of amqplib's other interface it returns no promise
+  await within(CLOSE_PATIENCE, closed.catch(ignore));
   internals(model).stream?.destroy?.(); // over a dead link it would keep the process alive until a heartbeat is missed
 }
 
@@ -3894,7 +3933,7 @@ function explain(error: Error, what: string, prefix: string): Error {
 }
 
 /** An error's message without quoted names and numbers, which change with each attempt. */
-const kindOf = (error: Error): string => error.message.replace(/'[^']*'|\d+/g, "");
+const kindOf = (error: Error): string => error.message.replace(/'[^']*'|"(?:[^"\\]|\\.)*"|\d+/g, "");
 
 /** A channel that goes down with its connection, and takes it down. */
 function watchChannel<C extends Channel>(channel: C, lose: Lose): C {
@@ -4202,7 +4241,7 @@ type Control =
   | ({ type: "beat"; bindings: number } & Progress)
   /** Closing, after that number. */
   | { type: "bye"; number: number }
-  /** Returned by the broker if there is no queue. */
+  /** Returned by the broker if there is no queue; else answered with a beat. */
   | { type: "ping" }
   /** Asks for the frames after a number, or, where none is known, for those of so many ms. */
   | { type: "ask"; id: number; after?: number | undefined; ms?: number | undefined }
@@ -4343,7 +4382,7 @@ const escaped = (nsp: string): string => nsp.replaceAll("%", "%25").replaceAll("
 /** The namespace of a key that is not hashed. */
 const namespaceOf = (key: string): string => key.replace(/#.*/s, "").replaceAll("%23", "#").replaceAll("%25", "%");
 const namespaceKey = (nsp: string): string => short(escaped(nsp));
-const roomKey = (nsp: string, room: Room): string => short(`${escaped(nsp)}#${room}`);
+const roomKey = (nsp: string, room: Room): string => short(`${escaped(nsp)}#${room}`.toWellFormed());
 
 const isSocketId = (room: Room): boolean => typeof room === "string" && room.length === 20 && /^[\w-]+$/.test(room);
 
