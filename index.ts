@@ -123,8 +123,9 @@ export interface AdapterOptions extends NodeOptions {
    */
   heartbeatInterval?: number | undefined;
   /**
-   * After how many ms of silence a server is no longer counted or waited for. One whose process has ended is noticed sooner, for
-   * its queue goes: within 250 ms where it owes an answer, else when it misses a heartbeat.
+   * After how many ms of silence a server is no longer counted or waited for, and its own queue is given up for a new one. A
+   * server whose process has ended is noticed sooner, for its queue goes: within 250 ms where it owes an answer, else when it
+   * misses a heartbeat.
    * @default 10_000
    */
   heartbeatTimeout?: number | undefined;
@@ -224,6 +225,7 @@ export function createEmitter<Events extends EventMap<Events> = AnyEvents>(optio
   return new Emitter<Events>(node, encoder);
 }
 
+/** Options with their defaults. */
 type Given<T> = { [K in keyof T]-?: Exclude<T[K], undefined> };
 type Settings = Given<Omit<AdapterOptions, "roomExchanges" | "journal">> &
   Given<Pick<EmitterOptions, "closeTimeout">> &
@@ -320,7 +322,8 @@ function checked<T extends NodeOptions>(options: T, expectations: Record<string,
   if (heartbeatTimeout <= heartbeatInterval)
     throw refusal("heartbeatTimeout", `more than heartbeatInterval (${heartbeatInterval})`, heartbeatTimeout);
   const { bytes = 64 * MiB, ms = 60_000 }: JournalOptions = journal;
-  return { ...settings, journal: { bytes, ms } };
+  const amqpConnection = () => options.amqpConnection(); // it may be a method of a class
+  return { ...settings, amqpConnection, journal: { bytes, ms } };
 }
 
 // ── The adapter ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -338,7 +341,7 @@ interface OpenNamespace extends Namespace, Pick<NodeJS.EventEmitter, "prependLis
     readonly opts?: { readonly connectionStateRecovery?: { readonly maxDisconnectionDuration: number } };
   };
   readonly sockets: Map<SocketId, Socket>;
-  /** Sockets that are not connected yet: their middlewares run. */
+  /** Sockets that are not connected yet: their middlewares run. From Socket.IO 4.8 on. */
   readonly _preConnectSockets?: Map<SocketId, unknown>;
   /** Runs the middlewares. */
   run(socket: unknown, next: unknown): void;
@@ -465,18 +468,18 @@ class BoundAdapter extends Adapter {
    */
   protected holdClients(): void {
     const { nsp } = this;
-    const { run, sockets, _preConnectSockets: coming, _remove: remove } = nsp;
+    const { run, sockets, _preConnectSockets: coming = new Map(), _remove: remove } = nsp;
     nsp.run = (socket, next) => {
       const live = nsp.adapter === this ? this.node.receiver.follow(this.key) : undefined;
       if (!live) return run.call(nsp, socket, next);
       void within(1_000, live).then(() => run.call(nsp, socket, next));
     };
     // With `cleanupEmptyChildNamespaces`, Socket.IO closes a namespace when a client goes and no other is connected, even if
-    // others are held back, or may come back. Here it stays open until none is.
-    if (!coming || !Object.hasOwn(nsp, "_remove")) return;
+    // others are held back, or may come back. Here it stays open until nobody is held back and no session waits.
+    if (!Object.hasOwn(nsp, "_remove")) return;
     nsp._remove = (socket) => {
       void (sockets.delete(socket.id) || coming.delete(socket.id));
-      if (coming.size === 0 && !this.recovery?.isAwaited) remove.call(nsp, socket);
+      if (coming.size === 0 && !this.recovery?.keepsOpen) remove.call(nsp, socket);
     };
   }
 
@@ -582,12 +585,10 @@ class LocalAdapter extends BoundAdapter {
     for (const { acks } of sockets) acks.set(packet.id, onAck);
     this.#write({ sockets, target, origin: FOREIGN, packets, decoded: packet });
     // Socket.IO would keep these callbacks until the clients disconnect. An answer may be a second late.
-    setTimeout(
-      () => {
-        for (const { acks } of sockets) acks.delete(packet.id);
-      },
-      Math.min(message.timeout, MAX_TIMEOUT - 1_000) + 1_000,
-    ).unref();
+    const keptMs = Math.min(message.timeout, MAX_TIMEOUT - 1_000) + 1_000;
+    setTimeout(() => {
+      for (const { acks } of sockets) acks.delete(packet.id);
+    }, keptMs).unref();
   }
 
   /** Answers with a list, in parts of a bounded size. */
@@ -1103,7 +1104,7 @@ class Sessions {
   /** Rooms that stay bound though nobody may be in them, and for how many sessions. */
   readonly pinned: Map<Room, number> = new Map();
   readonly follow: Follow;
-  /** The last session has gone. */
+  /** Called when the last session has gone. */
   readonly #emptied: () => void;
   readonly #uid: string;
   readonly #maxMs: number;
@@ -1477,8 +1478,9 @@ class Recovery {
     this.#node = node;
     this.#nsp = nsp;
     this.#routes = node.routes(nsp.name);
-    this.#pastes = node.parser === '2["name"]';
-    const emptied = () => nsp._remove({ id: "" }); // the last client may have gone before
+    this.#pastes = node.parserSample === '2["name"]';
+    // The last socket may have gone before the last session: nothing is removed, but Socket.IO looks once more.
+    const emptied = () => void (this.#handover.isClosing || nsp._remove({ id: "" }));
     this.sessions = new Sessions(node.uid, node.settings.recoveryBytes, maxMs, follow, emptied);
     this.#handover = new Handover(node, nsp.name, this.sessions);
     this.#sweep = setInterval(() => this.sessions.expire(rooms), 1_000);
@@ -1486,8 +1488,8 @@ class Recovery {
     nsp.prependListener("connect", this.#onConnect);
   }
 
-  /** Whether clients wait for their sessions, or sessions for their clients. */
-  get isAwaited(): boolean {
+  /** Whether clients wait for their sessions, or sessions for their clients: the namespace must stay open. */
+  get keepsOpen(): boolean {
     return this.#restoring + this.sessions.size > 0;
   }
 
@@ -1643,7 +1645,7 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
     return this.#node.opened.promise;
   }
 
-  /** An emitter for another namespace, with the same rooms and flags. */
+  /** An emitter for another namespace, with the same rooms, also those left out, and flags. */
   of(nsp: string): Emitter<Events> {
     const name = nsp.startsWith("/") ? nsp : `/${nsp}`;
     return new Emitter<Events>(this.#node, this.#encoder, this.#node.routes(name), this.#opts);
@@ -1727,6 +1729,7 @@ export class Emitter<Events extends EventMap<Events> = AnyEvents> {
   }
 }
 
+/** An event's name and arguments. @throws Error for a reserved name, TypeError for a callback */
 function eventWithoutAnswer(reserved: RegExp, data: [name: string, ...args: unknown[]]): unknown[] {
   if (reserved.test(data[0])) throw new Error(`"${data[0]}" is a reserved event name`);
   if (typeof data.at(-1) !== "function") return data;
@@ -1767,7 +1770,7 @@ abstract class Context {
   readonly settings: Settings;
   readonly names: Names;
   /** What the servers' parser makes of an event, where that is known. */
-  readonly parser: string | undefined;
+  readonly parserSample: string | undefined;
   /** The user's, of an emitter. */
   readonly onError: ((error: Error) => void) | undefined;
   readonly reports: Reports = new Reports(this);
@@ -1784,7 +1787,7 @@ abstract class Context {
   constructor(settings: Settings, encoder?: Encoder, onError?: (error: Error) => void) {
     this.settings = settings;
     this.names = new Names(settings.prefix);
-    this.parser = encoder && sampleOf(encoder);
+    this.parserSample = encoder && sampleOf(encoder);
     this.onError = onError;
     this.opened.promise.catch(() => {}); // rejects only on close(), which nobody has to await
   }
@@ -1798,7 +1801,7 @@ abstract class Context {
   get shared(): Shared {
     const { socketRooms, maxPayload, journal } = this.settings;
     const ofServers = this.tenants.size > 0 ? { socketRooms } : {};
-    return { ...ofServers, maxPayload, "journal.ms": journal.ms, parser: this.parser };
+    return { ...ofServers, maxPayload, "journal.ms": journal.ms, parser: this.parserSample };
   }
 
   /** A connection is up or lost. */
@@ -1840,12 +1843,12 @@ class Reports extends NodePart {
     });
   };
 
-  /** Settings that must be the same here and there, and are not. */
+  /** Reports settings of a peer that must be the same as here, and are not. */
   compare(uid: string, ours: Shared, theirs: Shared): void {
     for (const [name, value] of Object.entries(ours)) {
       if (value === undefined || theirs[name] === undefined || theirs[name] === value) continue;
       const values = `${Bun.inspect(value)} here and ${Bun.inspect(theirs[name])} on peer '${uid}'`;
-      this.report(new Error(`${name} is ${values}; give all servers the same`));
+      this.report(new Error(`${name} is ${values}; give all of them the same`));
     }
   }
 
@@ -1907,8 +1910,6 @@ class Membership extends NodePart {
   #announcedAt = 0;
   /** How many keys were bound at the last heartbeat. */
   #toldBindings = 0;
-  /** When the first heartbeat was sent that this server's queue has not brought back since (ms, monotonic), or the last one. */
-  #beatAt = 0;
 
   /** The servers that have a namespace open, this one not counted. */
   serversOf(nsp: string): string[] {
@@ -1931,24 +1932,25 @@ class Membership extends NodePart {
   }
 
   onControl(peer: Peer, control: Control): void {
-    const { sender, reports, shared } = this.context;
+    const { sender, reports, requests, shared, upSince } = this.context;
+    const isUp = upSince !== undefined; // else it is announced soon what is open here
     const { uid, stream } = peer;
     switch (control.type) {
       case "hello":
         if (peer.greetedAt === 0) reports.compare(uid, shared, control.shared);
         peer.namespaces = new Set(control.namespaces);
-        this.context.requests.onLeave(uid, peer.namespaces);
+        requests.onLeave(uid, peer.namespaces);
         peer.revision = control.revision;
         peer.greetedAt = peer.heardAt;
         peer.queueGoneAt = undefined;
         if (stream.catchUp) stream.catchUp.askAt = 0; // its queue is back
         stream.hears(control.number, control.floor);
-        if (control.reply) void sender.tell(this.#hello(false), uid);
+        if (control.reply && isUp) void sender.tell(this.#hello(false), uid);
         return;
       case "beat":
         peer.bindings = control.bindings;
         stream.hears(control.number, control.floor);
-        if (!peer.namespaces || peer.revision !== control.revision) void sender.tell(this.#hello(true), uid);
+        if (isUp && !(peer.namespaces && peer.revision === control.revision)) void sender.tell(this.#hello(true), uid);
         return;
       case "ping":
         return void sender.tell(this.#beat(), uid);
@@ -1993,18 +1995,15 @@ class Membership extends NodePart {
     const { upSince = performance.now(), receiver, requests, settings, sender } = this.context;
     const { heartbeatInterval, heartbeatTimeout, journal } = settings;
     // A storm of joins: peers route by it, and should know before the next heartbeat.
-    if (receiver.countBound() > 2 * this.#toldBindings + FEW_BINDINGS) this.beat();
+    if (receiver.countBound() > 2 * this.#toldBindings + FEW_BINDINGS) void this.beat();
     const now = performance.now();
-    // Somebody has unbound it, or deleted an exchange that others have declared anew since.
-    if (this.#beatAt > receiver.heardAt && now - Math.max(this.#beatAt, upSince) > heartbeatTimeout)
-      receiver.connection.lose(new Error("The queue gets nothing any more"));
     for (const peer of this.peers.values()) {
       this.ask(peer);
       // It may have lost its connection for a moment; killed, it will not come back.
       if (now - (peer.queueGoneAt ?? now) > RETURN) this.#giveUp(peer, "has no queue any more");
       // Counted from the end of an outage to the last delivery: while this queue gets nothing, no peer counts as silent.
       const silence = receiver.heardAt - Math.max(peer.heardAt, upSince);
-      const isLate = silence > heartbeatInterval + WATCH_INTERVAL;
+      const isLate = silence > Math.min(heartbeatInterval + WATCH_INTERVAL, heartbeatTimeout - 2 * WATCH_INTERVAL);
       // If its queue is gone the ping comes back, and nobody waits for it.
       if (peer.namespaces && (isLate || requests.isAwaited(peer.uid))) void sender.tell({ type: "ping" }, peer.uid);
       if (peer.namespaces && silence > heartbeatTimeout) this.#leaves(peer);
@@ -2026,7 +2025,7 @@ class Membership extends NodePart {
     void sender.tell({ type: "ask", id: catchUp.id, after, ms }, peer.uid);
   }
 
-  /** Right after an outage: resolves when all peers are back and can ask for what they missed, or after `GRACE`. */
+  /** During an outage or right after it: resolves when all peers are back and can ask for what they missed, or after `GRACE`. */
   async reunited(until: number): Promise<void> {
     const end = Math.min(until, performance.now() + GRACE);
     const isAwaited = (peer: Peer) => peer.namespaces !== undefined && this.#mayComeBack(peer);
@@ -2034,15 +2033,13 @@ class Membership extends NodePart {
   }
 
   /** Every `heartbeatInterval`. */
-  beat(): void {
+  async beat(): Promise<void> {
     const { sender, receiver } = this.context;
     const beat = this.#beat();
-    const beatAt = performance.now();
-    void sender.tell(beat).then((taken) => {
-      if (!taken) return;
-      this.#toldBindings = beat.bindings;
-      if (receiver.heardAt >= this.#beatAt) this.#beatAt = beatAt;
-    });
+    const sentAt = performance.now();
+    if (!(await sender.tell(beat))) return;
+    this.#toldBindings = beat.bindings;
+    receiver.onBeat(sentAt);
   }
 
   /** Right after an outage a peer's queue may just not be back yet. */
@@ -2138,7 +2135,7 @@ class Requests {
     if (request?.owing.has(from) && request.take(message, from)) this.#finish(request, from);
   }
 
-  /** Nobody waits for this peer, but for what it has still open. */
+  /** A peer is gone, or has only these namespaces open: nobody waits for its other answers. */
   onLeave(uid: string, namespaces?: ReadonlySet<string>): void {
     for (const request of this.#open.values()) if (!namespaces?.has(request.nsp)) this.#finish(request, uid);
   }
@@ -2321,6 +2318,8 @@ class Receiver extends NodePart implements ConnectionEvents {
   readonly connection: Connection = new Connection("consuming", this.context, this);
   /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
   heardAt = 0;
+  /** This server's first heartbeat since the queue last delivered something, or its last (ms, monotonic). */
+  #beat = { sentAt: 0, confirmedAt: 0 };
   /** When the queue was first away, maybe at the start (ms, monotonic). Peers that sent before are known. */
   awaySince: number | undefined;
   #topology: Topology | undefined;
@@ -2350,6 +2349,18 @@ class Receiver extends NodePart implements ConnectionEvents {
 
   /** Whether what is published under a key, by its digest, should come to this queue. */
   readonly expects = (digest: number): boolean => this.#topology?.bindings.expects(digest) ?? false;
+
+  /**
+   * The broker has confirmed a heartbeat of this server, which the queue brings too. A queue that gets nothing is given up: somebody
+   * has unbound it, or deleted an exchange that others have declared anew.
+   */
+  onBeat(sentAt: number): void {
+    const now = performance.now();
+    const { upSince = now, settings } = this.context;
+    if (this.heardAt >= this.#beat.sentAt) this.#beat = { sentAt, confirmedAt: now };
+    else if (now - Math.max(this.#beat.confirmedAt, upSince) > settings.heartbeatTimeout)
+      this.connection.lose(new Error("The queue gets nothing any more"));
+  }
 
   /** A peer's queue has gone: an exchange of a room may have gone with it that others have bound just then. */
   renewSoon(): void {
@@ -2524,7 +2535,7 @@ class Node extends Context {
     this.#timers.push(
       setInterval(() => {
         this.sender.tick();
-        this.membership.beat();
+        void this.membership.beat();
       }, this.settings.heartbeatInterval),
       setInterval(() => this.membership.watch(), WATCH_INTERVAL),
     );
@@ -2561,6 +2572,7 @@ class Node extends Context {
     if (this.tenants.get(name) !== tenant) return; // it has been replaced
     // A server that closes begins with "/", which goes last: until then no other namespace opens.
     if (name === "/") await Promise.all([...this.tenants.values()].map((other) => other !== tenant && other.closing));
+    else await within(CLOSE_PATIENCE, this.sender.publisher.drained()); // peers hear its answers before it is closed for them
     if (this.tenants.get(name) !== tenant) return; // it has been replaced meanwhile
     if (this.tenants.size > 1) {
       this.tenants.delete(name);
@@ -3551,7 +3563,7 @@ class Bindings {
   }
 }
 
-/** What is refused until somebody changes it: it is tried again less often. */
+/** What is refused until somebody changes something: it is tried again less often. */
 class Refusal extends Error {}
 
 /**
@@ -3857,7 +3869,7 @@ class Connection {
     const model = await this.#context.settings.amqpConnection();
     if (typeof model?.createConfirmChannel !== "function" || typeof model.close !== "function")
       throw new TypeError(`amqpConnection returned ${Bun.inspect(model)}, not what amqplib's connect() returns`);
-    if (!("connection" in model)) {
+    if ("waitForConnect" in model) {
       await closeConnection(model);
       throw new Refusal(
         "amqpConnection uses amqplib's recovery: leave it out, for the adapter opens new connections itself",
@@ -3886,7 +3898,7 @@ function watchConnection(model: AmqpConnection, lose: Lose): void {
 async function closeConnection(model: AmqpConnection): Promise<void> {
   const ignore = (error: unknown) => debug("close: %s", asError(error).message);
   model.on("error", ignore); // one that came too late has no listener yet
-  const closed = (async () => model.close())(); // of amqplib's other interface it returns no promise
+  const closed = (async () => model.close())(); // amqplib's interface with callbacks returns no promise
   await within(CLOSE_PATIENCE, closed.catch(ignore));
   internals(model).stream?.destroy?.(); // over a dead link it would keep the process alive until a heartbeat is missed
 }
@@ -3932,8 +3944,8 @@ function explain(error: Error, what: string, prefix: string): Error {
   return new Error(`${what}: ${error.message}${todo}`, { cause: error });
 }
 
-/** An error's message without quoted names and numbers, which change with each attempt. */
-const kindOf = (error: Error): string => error.message.replace(/'[^']*'|"(?:[^"\\]|\\.)*"|\d+/g, "");
+/** An error's message without numbers and what is quoted, which change with each attempt; but with what the broker says. */
+const kindOf = (error: Error): string => error.message.replace(/'[^']*'|(?<!message )"(?:[^"\\]|\\.)*"|\d+/g, "");
 
 /** A channel that goes down with its connection, and takes it down. */
 function watchChannel<C extends Channel>(channel: C, lose: Lose): C {
