@@ -1886,6 +1886,25 @@ describe("a connection", () => {
     errorsOf(node);
   });
 
+  test("that the broker blocks for longer than heartbeatTimeout stays", async () => {
+    const heartbeats = { heartbeatInterval: 50, heartbeatTimeout: 150 };
+    const { nodes, a, people } = await crew(heartbeats);
+    const blocked = once(a.adapter, "error");
+    await broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.0)");
+    try {
+      a.io.emit("blocked");
+      await blocked;
+      await Bun.sleep(500); // three times heartbeatTimeout
+    } finally {
+      await broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.4)");
+    }
+    await heardFrom(a.io, people);
+    for (const node of nodes) {
+      expect(node.adapter.stats.reconnects).toEqual({ consuming: 0, publishing: 0 });
+      for (const error of errorsOf(node)) expect(error).toContain("blocks publishing");
+    }
+  });
+
   test("whose queue has lost its bindings is opened again, and nothing is lost", async () => {
     const heartbeats = { heartbeatInterval: 100, heartbeatTimeout: 400 };
     const [a, b] = await Promise.all([start(heartbeats), start(heartbeats)]);
@@ -2530,7 +2549,6 @@ describe("an outage", () => {
     d.io.to("red").emit("n", 1);
     const arrived = received(people.bob.client, "n");
     const closed = d.io.close();
-    await Bun.sleep(300);
     link.heal();
     await closed;
     expect(await arrived).toEqual([1]);
@@ -3987,20 +4005,31 @@ describe("options", () => {
     expect(() => createAdapter(undefined as unknown as AdapterOptions)).toThrow(TypeError);
   });
 
-  test("left undefined have their defaults", () => {
+  test("left undefined have their defaults", async () => {
     const none = { prefix: undefined, journal: { ms: undefined }, socketRooms: undefined };
-    const adapter: (nsp: Namespace) => AmqpAdapter = createAdapter({ ...required, ...none });
-    expect(adapter).toBeFunction();
+    const make: (nsp: Namespace) => AmqpAdapter = createAdapter({ ...required, ...none });
+    const { io } = await host();
+    const adapter = make(io.of("/alone"));
+    adapter.on("error", () => {}); // there is no broker
+    closers.push(() => adapter.close());
+    const journal = { bytes: 64 * 2 ** 20, ms: 60_000 };
+    expect(adapter["node"].settings).toMatchObject({ prefix: "socket.io", journal, socketRooms: "shared" });
   });
 
-  test("may be getters of a class", () => {
+  test("may be getters and methods of a class", async () => {
     class Configuration implements AdapterOptions {
-      amqpConnection = required.amqpConnection;
+      readonly #url = broker.url;
+      amqpConnection() {
+        return connect(this.#url);
+      }
       get prefix() {
-        return "amq.own";
+        return prefix;
       }
     }
-    expect(() => createAdapter(new Configuration())).toThrow("amq.own");
+    const { io } = await host();
+    io.adapter(createAdapter(new Configuration()));
+    await adapterOf(io).ready;
+    expect(await queues()).toHaveLength(1);
   });
 });
 

@@ -123,9 +123,9 @@ export interface AdapterOptions extends NodeOptions {
    */
   heartbeatInterval?: number | undefined;
   /**
-   * After how many ms of silence a server is no longer counted or waited for, and its own queue is given up for a new one. A
-   * server whose process has ended is noticed sooner, for its queue goes: within 250 ms where it owes an answer, else when it
-   * misses a heartbeat.
+   * After how many ms of silence another server is no longer counted or waited for. One whose process has ended is noticed
+   * sooner, for its queue goes: within 250 ms where it owes an answer, else when it misses a heartbeat. A server whose queue
+   * brings nothing for so long, not even its own heartbeats, opens a new connection.
    * @default 10_000
    */
   heartbeatTimeout?: number | undefined;
@@ -468,7 +468,7 @@ class BoundAdapter extends Adapter {
    */
   protected holdClients(): void {
     const { nsp } = this;
-    const { run, sockets, _preConnectSockets: coming = new Map(), _remove: remove } = nsp;
+    const { run, sockets, _preConnectSockets: coming = new Map<SocketId, unknown>(), _remove: remove } = nsp;
     nsp.run = (socket, next) => {
       const live = nsp.adapter === this ? this.node.receiver.follow(this.key) : undefined;
       if (!live) return run.call(nsp, socket, next);
@@ -2318,7 +2318,7 @@ class Receiver extends NodePart implements ConnectionEvents {
   readonly connection: Connection = new Connection("consuming", this.context, this);
   /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
   heardAt = 0;
-  /** This server's first heartbeat since the queue last delivered something, or its last (ms, monotonic). */
+  /** The oldest heartbeat of this server that the queue may still have to bring (ms, monotonic). */
   #beat = { sentAt: 0, confirmedAt: 0 };
   /** When the queue was first away, maybe at the start (ms, monotonic). Peers that sent before are known. */
   awaySince: number | undefined;
@@ -3808,6 +3808,7 @@ class Connection {
     this.#running = this.#run();
   }
 
+  /** Gives the connection up for a new one. */
   lose(error: Error): void {
     this.#interrupt?.(error);
   }
