@@ -2556,6 +2556,32 @@ describe("an outage", () => {
     expect(errorsOf(d).join()).not.toContain("confirmed");
   });
 
+  test("or none: what a server answers just before its namespace closes arrives, though it has to wait", async () => {
+    let isSlow = false;
+    const amqpConnection = tampered(({ send, sendUnconfirmed }) => (isSlow ? sendUnconfirmed() : send()));
+    const server = { cleanupEmptyChildNamespaces: true };
+    const [a, b] = await Promise.all([start({}, server), start({ amqpConnection }, server)]);
+    await acquainted([a, b]);
+    for (const { io } of [a, b]) io.of(/^\/dynamic-/);
+    const [ann, bob] = await Promise.all([join(a, [], "/dynamic-1"), join(b, [], "/dynamic-1")]);
+    await eventually(async () => expect(await a.io.of("/dynamic-1").adapter.serverCount()).toBe(2));
+    introduce({ ann });
+    bob.client.on("name?", (answer: (name: string) => void) => {
+      answer("bob");
+      bob.client.disconnect();
+    });
+    isSlow = true;
+    for (let unconfirmed = 1; unconfirmed <= 8; unconfirmed++) {
+      b.io.to("red").emit("hello");
+      await eventually(() => expect(b.adapter.stats.unconfirmed).toBe(unconfirmed));
+    }
+    const names: unknown[] = await a.io.of("/dynamic-1").timeout(2_000).emitWithAck("name?");
+    expect(names.toSorted()).toEqual(["ann", "bob"]);
+    isSlow = false;
+    await closeConnections();
+    [a, b].forEach(errorsOf);
+  });
+
   test("whose sender closes while it replays loses nothing", async () => {
     const asked = Promise.withResolvers<void>();
     const { a, b, until } = await missed(500, ({ content, send }) => {
