@@ -2176,11 +2176,11 @@ describe("an outage", () => {
   }
 
   const faults: Record<string, (links: Proxy[]) => Promise<unknown>> = {
-    "of the receiver": async ([, link]) => (link?.cut(), Bun.sleep(1_000).then(() => link?.heal())),
-    "of the sender": async ([link]) => (link?.cut(), Bun.sleep(1_000).then(() => link?.heal())),
+    "of the receiver": async ([, link]) => (link?.cut(), Bun.sleep(300).then(() => link?.heal())),
+    "of the sender": async ([link]) => (link?.cut(), Bun.sleep(300).then(() => link?.heal())),
     "of everybody": async (links) => {
       for (const link of links) link.cut();
-      await Bun.sleep(1_000);
+      await Bun.sleep(300);
       for (const link of links) link.heal();
     },
     "of the publishing connections": async (links) => {
@@ -2197,17 +2197,19 @@ describe("an outage", () => {
       await Bun.sleep(1_000);
     },
   };
+  const stricken = shared(linked);
   test.each(Object.entries(faults))(
     "%s loses, doubles and reorders nothing",
     async (_, fault) => {
-      const { links, nodes, a, b, bob, cat } = await linked();
+      const { links, nodes, a, b, bob, cat } = await stricken();
+      for (const { heard } of [bob, cat]) heard.length = 0;
       const over = Promise.withResolvers<void>();
       const counted = Promise.all([count(a, "a", over.promise), count(b, "b", over.promise)]);
       await eventually(() => expect(numbers(cat, "a").length).toBeGreaterThan(20));
       await fault(links);
       await eventually(() => {
         for (const { adapter } of nodes) expect(adapter.stats).toMatchObject({ connected: true, unconfirmed: 0 });
-        expect(nodes.some(({ adapter }) => adapter.stats.lastError)).toBe(true);
+        expect(nodes.some(({ adapter }) => errors.get(adapter)?.length)).toBe(true);
       }, 15_000);
       over.resolve();
       const [ofA, ofB] = await counted;
@@ -2229,7 +2231,7 @@ describe("an outage", () => {
     const counted = count(a, "a", over.promise);
     await eventually(() => expect(numbers(bob, "a").length).toBeGreaterThan(20));
     links[1]?.cut();
-    await eventually(() => expect(numbers(cat, "a").length).toBeGreaterThan(250), 10_000);
+    await eventually(() => expect(numbers(cat, "a").length).toBeGreaterThan(150), 10_000);
     links[1]?.heal();
     await eventually(() => expect(b.adapter.stats.lost).toBeGreaterThan(0), 10_000);
     over.resolve();
@@ -2293,6 +2295,7 @@ describe("an outage", () => {
       link.close();
       [a, c].forEach(errorsOf);
     });
+    await c.adapter.ready;
     link.latency = 50; // its rooms are bound after seconds, and it gets everything until then
     const { client } = await join(
       c,
@@ -2444,6 +2447,7 @@ describe("an outage", () => {
     const hello = { type: "hello", namespaces: [], revision: 1, reply: true, number: 0, floor: 0, shared: {} };
     await publish(`${prefix}#keys`, `@${uid}`, control("somebody", JSON.stringify(hello)));
     await eventually(() => expect(said.join()).toContain('"hello"')); // what the servers answered has come before
+    await publish(`${prefix}#keys`, `@${uid}`, control("somebody", JSON.stringify({ type: "bye", number: 0 })));
     said.length = 0;
     link.cut();
     for (let i = 0; i < 10; i++) a.io.emit("hello");
@@ -2579,6 +2583,7 @@ describe("an outage", () => {
     expect(names.toSorted()).toEqual(["ann", "bob"]);
     isSlow = false;
     await closeConnections();
+    await Promise.all([a, b].map(({ adapter }) => adapter.close()));
     [a, b].forEach(errorsOf);
   });
 
@@ -3301,7 +3306,7 @@ describe("an adapter", () => {
       process.on("warning", ({ name, message }) => console.log(name, message));
       const { createServer } = await import("node:net");
       const io = new Server(0, { serveClient: false, adapter: createAdapter({ prefix, amqpConnection: () => connect("amqp://127.0.0.1:1") }) });
-      setTimeout(() => io.close(), 1_500);`);
+      setTimeout(() => io.close(), 800);`);
     const lines = (await program.stdout.text()).split("\n").filter((line) => line.startsWith("SocketIoAmqp"));
     expect(lines.map((line) => /consuming|publishing/.exec(line)?.[0]).toSorted()).toEqual(["consuming", "publishing"]);
   });
@@ -3678,7 +3683,7 @@ describe("connection state recovery", () => {
   });
 
   test("keeps a namespace open until the last session has gone, with its client or without", async () => {
-    const server = { connectionStateRecovery: { maxDisconnectionDuration: 1_500 }, cleanupEmptyChildNamespaces: true };
+    const server = { connectionStateRecovery: { maxDisconnectionDuration: 1_000 }, cleanupEmptyChildNamespaces: true };
     const [a, b] = await Promise.all([start({}, server), start({}, server)]);
     await acquainted([a, b]);
     for (const { io } of [a, b]) io.of(/^\/doc-/);
@@ -3725,7 +3730,7 @@ describe("connection state recovery", () => {
     const other = await join(b, [], "/doc-1");
     await guest.leave();
     await eventually(() => expect(a.io.of("/doc-1").sockets.size).toBe(1));
-    link.latency = 100;
+    link.latency = 50;
     const back = guest.back(b);
     await eventually(() => expect(adapterOf(b.io, "/doc-1")["recovery"]?.keepsOpen).toBe(true));
     other.client.disconnect();
@@ -3743,7 +3748,7 @@ describe("connection state recovery", () => {
     const guest = await Guest.at(a, ["red"]);
     await guest.leave();
     await noticed(a);
-    link.latency = 100;
+    link.latency = 50;
     const closed = a.adapter.close(); // hands the session over
     await join(a, [], "/doc-9");
     await closed;
@@ -3961,7 +3966,7 @@ describe("connection state recovery", () => {
     const nodes = await Promise.all(
       links.map(({ port }) =>
         start(
-          { amqpConnection: () => connect(`amqp://guest:guest@127.0.0.1:${port}?heartbeat=2`), requestsTimeout: 2_000 },
+          { amqpConnection: () => connect(`amqp://guest:guest@127.0.0.1:${port}?heartbeat=2`), requestsTimeout: 1_000 },
           { connectionStateRecovery: {} },
         ),
       ),
@@ -3983,7 +3988,7 @@ describe("connection state recovery", () => {
     expect(await own.back(a)).toBe(true);
     await eventually(() => expect(own.numbers).toEqual([1]));
     let recovered = true;
-    expect(await milliseconds(async () => (recovered = await away.back(b)))).toBeLessThan(1_000);
+    expect(await milliseconds(async () => (recovered = await away.back(b)))).toBeLessThan(500);
     expect(recovered).toBe(false);
   });
 
@@ -4043,18 +4048,30 @@ describe("options", () => {
   });
 
   test("may be getters and methods of a class", async () => {
-    class Configuration implements AdapterOptions {
+    class Configuration implements AdapterOptions, EmitterOptions {
       readonly #url = broker.url;
+      readonly #reported = Promise.withResolvers<Error>();
       amqpConnection() {
         return connect(this.#url);
       }
       get prefix() {
         return prefix;
       }
+      onError(error: Error) {
+        this.#reported.resolve(error);
+      }
+      get reported() {
+        return this.#reported.promise;
+      }
     }
     const { io } = await host();
     io.adapter(createAdapter(new Configuration()));
     await adapterOf(io).ready;
+    const configuration = new Configuration();
+    const emitter = createEmitter(configuration);
+    closers.push(() => emitter.close());
+    emitter.emit("too large", Buffer.alloc(2 ** 24));
+    expect(String(await configuration.reported)).toContain("maxPayload");
     expect(await queues()).toHaveLength(1);
   });
 });

@@ -220,7 +220,7 @@ export function createAdapter(options: AdapterOptions): (nsp: Namespace) => Amqp
 export function createEmitter<Events extends EventMap<Events> = AnyEvents>(options: EmitterOptions): Emitter<Events> {
   const settings = checked(options, EMITTER_OPTIONS);
   const encoder = settings.parser && (new settings.parser.Encoder() as Encoder);
-  const node = new Node(settings, encoder, settings.onError);
+  const node = new Node(settings, encoder, settings.onError?.bind(options));
   node.start();
   return new Emitter<Events>(node, encoder);
 }
@@ -1889,8 +1889,8 @@ interface Peer {
 
 /** How often peers are pinged that owe an answer or a heartbeat, and asked that owe frames, in ms. */
 const WATCH_INTERVAL = 250;
-/** At least this long between two announcements (ms), for a thousand namespaces that open one after the other. */
-const ANNOUNCE_INTERVAL = 20;
+/** At least this long between two announcements, of which each lists all namespaces: so many ms, and so many for each of them. */
+const ANNOUNCE_INTERVAL = { least: 20, each: 0.02 };
 /** How long answers to a server's first hello are waited for, beyond two round trips to the broker, in ms. */
 const MEETING = 20;
 /** After how many ms without a word of an answer a peer is asked again for what was missed. */
@@ -2050,7 +2050,8 @@ class Membership extends NodePart {
   }
 
   async #announceSoon(): Promise<void> {
-    await Bun.sleep(Math.max(0, this.#announcedAt + ANNOUNCE_INTERVAL - performance.now()));
+    const interval = ANNOUNCE_INTERVAL.least + ANNOUNCE_INTERVAL.each * this.context.tenants.size;
+    await Bun.sleep(Math.max(0, this.#announcedAt + interval - performance.now()));
     this.#announcement = undefined;
     const { upSince, sender, receiver } = this.context;
     if (upSince === undefined) return; // the next connection announces

@@ -98,12 +98,11 @@ export class Proxy {
     from.on("data", (chunk: Buffer) =>
       pass(
         unlessDark(() => {
-          if (to.write(chunk) || from.isPaused()) return;
-          from.pause();
-          to.once("drain", () => from.resume());
+          if (!to.write(chunk)) from.pause();
         }),
       ),
     );
+    to.on("drain", () => from.resume());
     from.on("error", () => {}); // "close" follows
     from.on("close", () => {
       pass(unlessDark(() => void to.end()));
