@@ -3537,6 +3537,77 @@ describe("connection state recovery", () => {
     expect(await guest.back(e)).toBe(true);
   });
 
+  test("takes a session over however late the answer comes, for by then it is nowhere else", async () => {
+    const link = await Proxy.open(broker.port);
+    const amqpConnection = () => connect(`amqp://guest:guest@127.0.0.1:${link.port}`);
+    const [a, b] = await Promise.all([
+      start({ amqpConnection }, { connectionStateRecovery: {} }),
+      start({ requestsTimeout: 400 }, { connectionStateRecovery: {} }),
+    ]);
+    closers.push(async () => {
+      await a.adapter.close();
+      link.close();
+    });
+    await acquainted([a, b]);
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await noticed(a);
+    a.io.to("red").emit("n", 1);
+    const { onMessage } = a.adapter;
+    a.adapter.onMessage = (message, origin) => {
+      if (message.type === "claim") link.latency = 500;
+      onMessage.call(a.adapter, message, origin);
+    };
+    expect(await guest.back(b)).toBe(true);
+    link.latency = 0;
+    await eventually(() => expect(guest.numbers).toEqual([1]));
+  });
+
+  test("gives once what a third server sends again while the session is on its way", async () => {
+    const link = await Proxy.open(broker.port);
+    const allowed = Promise.withResolvers<void>();
+    const late: Pass = ({ content, again, send, confirm }) => {
+      if (!again && !content.includes('"begin"')) return send();
+      queueMicrotask(confirm);
+      void allowed.promise.then(send);
+    };
+    const server = { connectionStateRecovery: {} };
+    const far = () => connect(`amqp://guest:guest@127.0.0.1:${link.port}`);
+    const [a, b, c] = await Promise.all([
+      start({}, server),
+      start({ amqpConnection: far }, server),
+      start({ amqpConnection: tampered(late) }, server),
+    ]);
+    closers.push(async () => {
+      await b.adapter.close();
+      link.close();
+      errorsOf(b);
+    });
+    await acquainted([a, b, c]);
+    const [guest, ann] = await Promise.all([Guest.at(a, ["red"]), join(a, ["red"])]);
+    await guest.leave();
+    await eventually(() => expect(a.io.of("/").sockets.size).toBe(1));
+    const { onMessage } = a.adapter;
+    a.adapter.onMessage = (message, origin) => {
+      if (message.type !== "claim") return onMessage.call(a.adapter, message, origin);
+      link.cut("consuming");
+      void eventually(() => expect(b.adapter.stats.connected).toBe(false)).then(async () => {
+        c.io.to("red").emit("n", 1);
+        await received(ann.client, "n");
+        onMessage.call(a.adapter, message, origin);
+        link.heal();
+      });
+    };
+    const back = guest.back(b);
+    await eventually(() => expect(b.adapter.stats).toMatchObject({ connected: true, reconnects: { consuming: 1 } }));
+    await Promise.race([back, Bun.sleep(300)]);
+    allowed.resolve();
+    expect(await back).toBe(true);
+    c.io.to("red").emit("n", 2);
+    await eventually(() => expect(guest.numbers).toContain(2));
+    expect(guest.numbers).toEqual([1, 2]);
+  });
+
   test("takes a client back ten times in a row, at once, though it hears nothing between", async () => {
     const nodes = await recovering();
     const guest = await Guest.at(nodes[0], ["red"]);

@@ -1367,8 +1367,8 @@ class Handover {
   }
 
   /**
-   * Takes sessions over: binds their rooms, then claims them. Resolves with true where another server is taking them over just
-   * now, so that the caller asks again.
+   * Takes sessions over that are found by `until`: binds their rooms, then claims them, however long the answer takes, for by then
+   * they are nowhere else. Resolves with true where another server is taking them over just now, so that the caller asks again.
    *
    * Frames of one sender stay in order. So the answer holds what the peer has emitted, if that comes here before the answer,
    * and what this server has emitted, if that was before the claim. For each other sender the answer says up to which frame's
@@ -1389,6 +1389,7 @@ class Handover {
       }
     });
     if (sessions.length === 0) return isMoving;
+    const { membership, settings } = this.#node;
     const { log } = this.#sessions;
     const begin = log.position;
     for (const session of sessions) this.#sessions.keep(session);
@@ -1397,28 +1398,33 @@ class Handover {
       this.#node.receiver.follow(namespaceKey(this.#nsp)),
       this.#sessions.follow(sessions.flatMap(({ rooms }) => rooms)),
     ];
-    await within(until - performance.now(), Promise.all(live));
+    const end = performance.now() + settings.journal.ms; // then the answer may be lost
+    await within(settings.journal.ms, Promise.all(live));
     const pids = sessions.map(({ pid }) => pid);
     const claim = (id: string): Message => ({ type: "claim", id, pids, offset });
-    for (let isTaken = false; !isTaken && performance.now() < until && this.#peers().includes(from);) {
+    let taken: Session[] | undefined;
+    while (this.#peers().includes(from)) {
       const items: unknown[] = [];
       const claimedAt = log.position;
       const take: ListTaker = (list, _, isLast) => {
         for (const item of list) items.push(item); // as arguments they may be too many
-        if (isLast) isTaken = this.#inherit(items, from, begin, claimedAt);
+        if (isLast) taken = this.#inherited(items, from, begin, claimedAt);
       };
-      // Not during a catch-up: a frame that is held may be in the answer too, and the client would get it twice.
-      if (this.#node.membership.heard()) await this.#ask([from], until, claim, take);
-      if (!isTaken) await Bun.sleep(ASK_LATER);
+      if (membership.heard()) await this.#ask([from], end, claim, take);
+      if (taken || performance.now() > until) break;
+      await Bun.sleep(ASK_LATER);
     }
+    // What comes yet in a catch-up may be in the answer too, and a client that is connected would get it twice.
+    while (!membership.heard() && performance.now() < until) await Bun.sleep(ASK_LATER);
+    for (const session of taken ?? []) this.#sessions.keep(session);
     for (const session of sessions) this.#sessions.drop(session);
     return false;
   }
 
-  /** Takes the answer to a claim; false if that server is not ready. `begin` is the log's position before the rooms were bound. */
-  #inherit(items: readonly unknown[], from: string, begin: number, claimedAt: number): boolean {
+  /** Reads the answer to a claim, if that server is ready. `begin` is the log's position before the rooms were bound. */
+  #inherited(items: readonly unknown[], from: string, begin: number, claimedAt: number): Session[] | undefined {
     const { heard } = items.find(isHeard) ?? {};
-    if (!heard) return false;
+    if (!heard) return undefined;
     const { log } = this.#sessions;
     // That server's own packets, up to the answer.
     const covered = { ...heard, [from]: this.#node.membership.peers.get(from)?.stream.highest };
@@ -1426,6 +1432,7 @@ class Handover {
       // Own ones and those of other AMQP clients have no number.
       number > 0 ? number > (covered[sender] ?? 0) : position > claimedAt;
     const now = performance.now();
+    const inherited: Session[] = [];
     const delivered = Map.groupBy(items.filter(isDelivered), ({ group }) => group);
     for (const [group, sessions] of Map.groupBy(items.filter(isHandedSession), ({ group }) => group)) {
       const came: Delivered[] = delivered.get(group) ?? [];
@@ -1440,14 +1447,15 @@ class Handover {
         },
         gone: (rooms) => (log.gone(rooms) > end ? LAST : 0),
       };
-      for (const { ms, ...session } of sessions) this.#sessions.keep({ ...session, until: now + ms, history });
+      for (const { ms, ...session } of sessions) inherited.push({ ...session, until: now + ms, history });
     }
-    return true;
+    return inherited;
   }
 
-  /** The other servers that have the namespace open; none while the broker is away. */
+  /** The other servers that have the namespace open; none while the broker is away, or when this server says goodbye. */
   #peers(): string[] {
-    return this.#node.upSince === undefined ? [] : this.#node.membership.serversOf(this.#nsp);
+    const { closing, upSince, membership } = this.#node;
+    return closing || upSince === undefined ? [] : membership.serversOf(this.#nsp);
   }
 
   /** Asks servers, each of which answers with a list, in parts. */

@@ -846,7 +846,7 @@ class Field {
 
   async #end(peer: Peer): Promise<void> {
     void peer.do("close").catch(() => {}); // it ends instead of answering
-    if (!(await until(() => peer.dead, 15))) throw new Error(`server ${peer.settings.name} did not end`);
+    if (!(await until(() => peer.dead, 30))) throw new Error(`server ${peer.settings.name} did not end`);
   }
 
   #keepAway(latency = 0): void {
