@@ -928,7 +928,9 @@ interface Trail {
   last: number;
   /** The offset with which it came back, if it did. Until it hears of a newer one, this stands for `base`. */
   readonly presented?: string | undefined;
-  /** What was delivered, here and by its former servers. */
+  /** What it had missed on other servers when it came: the positions from `base` on are reserved for that. */
+  readonly missed: readonly Delivered[];
+  /** What was delivered. */
   readonly history: History;
 }
 
@@ -942,7 +944,7 @@ interface Session extends SocketSession, Trail {
   readonly until: number;
 }
 /** The same as one server hands it over to another: it waits for so many ms yet. */
-type HandedSession = Omit<Session, "until" | "history"> & { readonly ms: number };
+type HandedSession = Omit<Session, "until" | "missed" | "history"> & { readonly ms: number };
 /** One that another server hands over. `isMoving`: it is still on its way to that server, which is asked again. */
 type MovingSession = Pick<Session, "pid" | "rooms"> & { readonly isMoving?: true };
 /** Sessions and packets of one group have the same history. */
@@ -1194,7 +1196,8 @@ class Sessions {
     const { log } = this;
     const arrival = this.#arriving.get(sid);
     if (!arrival) {
-      this.#trails.set(pid, { sid, owner: this.#uid, base: log.position, last: log.position, history: log });
+      const { position } = log;
+      this.#trails.set(pid, { sid, owner: this.#uid, base: position, last: position, missed: [], history: log });
       return [];
     }
     const { session, offset } = arrival;
@@ -1202,23 +1205,16 @@ class Sessions {
     this.drop(session);
     const since = missedSince(session, offset);
     if (since === undefined) return undefined;
-    const rooms = new Set(session.rooms);
-    const missed = session.history.after(since, rooms).filter(({ except }) => !except.some((room) => rooms.has(room)));
+    const rooms = new Set([...session.rooms, pid]);
+    const later = session.history.after(since, rooms).filter(({ except }) => !except.some((room) => rooms.has(room)));
     const isOwn = session.history === log;
-    const base = isOwn ? since : log.skip(missed.length);
-    const trail = { sid, owner: this.#uid, presented: offset, base, last: base, history: log };
-    this.#trails.set(pid, trail);
-    if (isOwn || missed.length === 0) return missed;
     // What was delivered elsewhere has positions here, but no place in the log: many clients may have missed the same.
-    const own = (first: number) =>
-      missed.slice(first).map((packet, i) => ({ ...packet, position: base + first + i + 1, rooms: [sid], except: [] }));
-    const history: History = {
-      after: (position, rooms) => [...own(position - base), ...log.after(position, rooms)],
-      gone: (rooms) => log.gone(rooms),
-    };
-    this.#trails.set(pid, { ...trail, history });
-    this.#returns.set(pid, { at: performance.now(), end: base + missed.length });
-    return own(0);
+    const missed = isOwn ? session.missed.slice(since - session.base) : later;
+    const base = isOwn ? since : log.skip(missed.length);
+    const trail = { sid, owner: this.#uid, presented: offset, base, last: base, missed, history: log };
+    this.#trails.set(pid, trail);
+    if (missed.length > 0) this.#returns.set(pid, { at: performance.now(), end: base + missed.length });
+    return [...missedElsewhere(pid, trail, base), ...(isOwn ? later : [])];
   }
 
   /** A socket has gone. One that was never connected leaves its session as it found it. */
@@ -1246,10 +1242,13 @@ class Sessions {
       const begins = sessions.map((session) => (offset === undefined ? session.base : missedSince(session, offset)));
       const since = begins.reduce((first: number, begin = LAST) => Math.min(first, begin), LAST);
       const handed = sessions.map((session) => {
-        const { history: _, until, ...rest } = session;
+        const { missed: _, history: __, until, ...rest } = session;
         return { ...rest, gone: Math.max(since, goneFor(session)), ms: until - now, group };
       });
-      const missed = history.after(since, new Set(sessions.flatMap(({ rooms }) => rooms)));
+      const missed = [
+        ...sessions.flatMap((session, i) => missedElsewhere(session.pid, session, begins[i] ?? LAST)),
+        ...history.after(since, new Set(sessions.flatMap(({ rooms }) => rooms))),
+      ];
       return [...handed, ...missed.map((packet) => ({ ...packet, group }))];
     });
   }
@@ -1266,7 +1265,7 @@ class Sessions {
       this.#returns.delete(pid);
       const trail = this.#trails.get(pid);
       // It has read what it had missed, or its connection would be known to be dead.
-      if (trail) this.#trails.set(pid, { ...trail, base: end, presented: undefined, history: this.log });
+      if (trail) this.#trails.set(pid, { ...trail, base: end, presented: undefined, missed: [] });
     }
   }
 
@@ -1296,6 +1295,10 @@ function missedSince(session: Session, offset: string): number | undefined {
   const since = position === session.last ? session.lostAt : position;
   return since !== undefined && since >= goneFor(session) ? since : undefined;
 }
+
+/** What a client had missed elsewhere when it came, after a position: for a room of its own, which has its private id as name. */
+const missedElsewhere = (pid: string, { base, missed }: Trail, since: number): Delivered[] =>
+  missed.slice(since - base).map((packet, i) => ({ ...packet, position: since + i + 1, rooms: [pid], except: [] }));
 
 const goneFor = ({ gone, history, rooms }: Session): number => Math.max(gone, history.gone(rooms));
 
@@ -1447,7 +1450,7 @@ class Handover {
         },
         gone: (rooms) => (log.gone(rooms) > end ? LAST : 0),
       };
-      for (const { ms, ...session } of sessions) inherited.push({ ...session, until: now + ms, history });
+      for (const { ms, ...session } of sessions) inherited.push({ ...session, until: now + ms, missed: [], history });
     }
     return inherited;
   }

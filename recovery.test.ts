@@ -1,6 +1,6 @@
 /** Clients that lose their connection and come back. How tests are made: see dev/fixture.ts. */
 import { connect } from "amqplib";
-import { describe, expect, test } from "bun:test";
+import { describe, expect, spyOn, test } from "bun:test";
 import { type Socket } from "socket.io";
 import { Manager, type Socket as ClientSocket } from "socket.io-client";
 import * as msgpack from "socket.io-msgpack-parser";
@@ -252,6 +252,34 @@ describe("connection state recovery", () => {
     expect(await guest.back(b)).toBe(true);
     link.latency = 0;
     await eventually(() => expect(guest.numbers).toEqual([1]));
+  });
+
+  test("hands over once what many clients of a server have missed, though they came from another one just before", async () => {
+    const server = { connectionStateRecovery: {} };
+    const [a, b] = await Promise.all([start({}, server), start({}, server)]);
+    await acquainted([a, b]);
+    const guests = await Promise.all(Array.from({ length: 10 }, () => Guest.at(a, ["red"])));
+    const lose = async (node: Host) => {
+      await Promise.all(guests.map((guest) => guest.leave()));
+      await noticed(node);
+    };
+    const comeBack = async (node: Host, count: number) => {
+      const recovered = await Promise.all(guests.map((guest) => guest.back(node)));
+      expect(recovered).not.toContain(false);
+      const numbers = Array.from({ length: count }, (_, n) => n);
+      await eventually(() => expect(guests.map((guest) => guest.numbers)).toEqual(guests.map(() => numbers)));
+    };
+    await lose(a);
+    b.io.to("red").emit("n", 0);
+    await comeBack(b, 1);
+    for (let n = 1; n < 50; n++) b.io.to("red").emit("n", n);
+    await lose(b);
+    b.io.to("red").emit("n", 50);
+    const answered = spyOn(a.adapter, "onMessage");
+    await b.io.close();
+    const items = answered.mock.calls.flatMap(([message]) => (message.type === "items" ? message.items : []));
+    await comeBack(a, 51);
+    expect(items.length).toBeLessThan(200); // the sessions twice, 50 packets, and the first one for each client
   });
 
   test("gives once what a third server sends again while the session is on its way", async () => {
