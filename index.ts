@@ -1900,8 +1900,8 @@ interface Peer {
 
 /** How often peers are pinged that owe an answer or a heartbeat, and asked that owe frames, in ms. */
 const WATCH_INTERVAL = 250;
-/** At least this long between two announcements, of which each lists all namespaces: so many ms, and so many for each of them. */
-const ANNOUNCE_INTERVAL = { least: 20, each: 0.02 };
+/** At least this long between two announcements, of which each lists all namespaces (ms). */
+const announceInterval = (namespaces: number): number => 20 + namespaces / 50;
 /** How long answers to a server's first hello are waited for, beyond two round trips to the broker, in ms. */
 const MEETING = 20;
 /** After how many ms without a word of an answer a peer is asked again for what was missed. */
@@ -2061,17 +2061,16 @@ class Membership extends NodePart {
   }
 
   async #announceSoon(): Promise<void> {
-    const interval = ANNOUNCE_INTERVAL.least + ANNOUNCE_INTERVAL.each * this.context.tenants.size;
-    await Bun.sleep(Math.max(0, this.#announcedAt + interval - performance.now()));
+    await Bun.sleep(Math.max(0, this.#announcedAt + announceInterval(this.context.tenants.size) - performance.now()));
     this.#announcement = undefined;
     const { upSince, sender, receiver } = this.context;
     if (upSince === undefined) return; // the next connection announces
     const asksOthers = this.#announcedAt < upSince; // the first one on these connections
-    const announcedAt = (this.#announcedAt = Math.ceil(performance.now()));
+    const now = (this.#announcedAt = Math.ceil(performance.now()));
     this.#toldBindings = 0; // a peer that had lost sight of this server counts 0 for it
     const tenants = receiver.liveTenants;
     if (await sender.tell(this.#hello(asksOthers))) {
-      await (this.#acquainted ??= this.#meet(performance.now() - announcedAt));
+      await (this.#acquainted ??= this.#meet(performance.now() - now));
       for (const { opened } of [...tenants, this.context]) opened.resolve();
     } else this.#announcedAt = 0;
   }
