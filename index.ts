@@ -113,7 +113,8 @@ export interface AdapterOptions extends NodeOptions {
    */
   socketRooms?: "shared" | "bound" | undefined;
   /**
-   * How long `fetchSockets()` and `serverSideEmit()` wait for the other servers, and `io.close()` for the broker, in ms.
+   * How long `fetchSockets()` and `serverSideEmit()` wait for the other servers, `io.close()` for the broker, and a client that
+   * comes back for a server that has its session, in ms.
    * @default 5_000
    */
   requestsTimeout?: number | undefined;
@@ -918,6 +919,9 @@ interface Delivered extends Origin {
   readonly parts: readonly Part[];
 }
 
+/** The same, for one client that missed it. */
+type Missed = Pick<Delivered, "parts">;
+
 /** How far a client has come, in positions of the server that it is or was connected to. */
 interface Trail {
   readonly sid: SocketId;
@@ -928,9 +932,9 @@ interface Trail {
   last: number;
   /** The offset with which it came back, if it did. Until it hears of a newer one, this stands for `base`. */
   readonly presented?: string | undefined;
-  /** What it had missed on other servers when it came: the positions from `base` on are reserved for that. */
-  readonly missed: readonly Delivered[];
-  /** What was delivered. */
+  /** What it had missed on other servers when it came: each takes one of the positions after `base`. */
+  readonly missed: readonly Missed[];
+  /** What was delivered after that, here and, before a session was handed over, by its former server. */
   readonly history: History;
 }
 
@@ -949,6 +953,8 @@ type HandedSession = Omit<Session, "until" | "missed" | "history"> & { readonly 
 type MovingSession = Pick<Session, "pid" | "rooms"> & { readonly isMoving?: true };
 /** Sessions and packets of one group have the same history. */
 type InGroup = { readonly group: number };
+/** What one session hands over: itself, what its client had missed elsewhere, what was delivered for its group. */
+type HandedItem = (HandedSession & InGroup) | (Missed & { readonly of: string }) | (Delivered & InGroup);
 
 /** What was delivered, in positions of the owner of sessions, which many of them share. */
 interface History {
@@ -1205,16 +1211,17 @@ class Sessions {
     this.drop(session);
     const since = missedSince(session, offset);
     if (since === undefined) return undefined;
-    const rooms = new Set([...session.rooms, pid]);
+    const rooms = new Set(session.rooms);
     const later = session.history.after(since, rooms).filter(({ except }) => !except.some((room) => rooms.has(room)));
     const isOwn = session.history === log;
+    const unread = session.missed.slice(since - session.base);
     // What was delivered elsewhere has positions here, but no place in the log: many clients may have missed the same.
-    const missed = isOwn ? session.missed.slice(since - session.base) : later;
+    const missed = isOwn ? unread : [...unread, ...later];
     const base = isOwn ? since : log.skip(missed.length);
     const trail = { sid, owner: this.#uid, presented: offset, base, last: base, missed, history: log };
     this.#trails.set(pid, trail);
     if (missed.length > 0) this.#returns.set(pid, { at: performance.now(), end: base + missed.length });
-    return [...missedElsewhere(pid, trail, base), ...(isOwn ? later : [])];
+    return [...missed.map(({ parts }, i) => ({ parts, position: base + i + 1 })), ...(isOwn ? later : [])];
   }
 
   /** A socket has gone. One that was never connected leaves its session as it found it. */
@@ -1234,7 +1241,7 @@ class Sessions {
   }
 
   /** Gives sessions away, with what their clients have missed after an offset, or after whatever they may present. */
-  giveAway(pids: readonly string[], offset: string | undefined): (InGroup & (HandedSession | Delivered))[] {
+  giveAway(pids: readonly string[], offset: string | undefined): HandedItem[] {
     const now = performance.now();
     const given = pids.flatMap((pid) => this.find(pid, offset) ?? []);
     for (const session of given) this.drop(session);
@@ -1245,11 +1252,9 @@ class Sessions {
         const { missed: _, history: __, until, ...rest } = session;
         return { ...rest, gone: Math.max(since, goneFor(session)), ms: until - now, group };
       });
-      const missed = [
-        ...sessions.flatMap((session, i) => missedElsewhere(session.pid, session, begins[i] ?? LAST)),
-        ...history.after(since, new Set(sessions.flatMap(({ rooms }) => rooms))),
-      ];
-      return [...handed, ...missed.map((packet) => ({ ...packet, group }))];
+      const missed = sessions.flatMap(({ pid, missed }) => missed.map(({ parts }) => ({ of: pid, parts })));
+      const delivered = history.after(since, new Set(sessions.flatMap(({ rooms }) => rooms)));
+      return [...handed, ...missed, ...delivered.map((packet) => ({ ...packet, group }))];
     });
   }
 
@@ -1295,10 +1300,6 @@ function missedSince(session: Session, offset: string): number | undefined {
   const since = position === session.last ? session.lostAt : position;
   return since !== undefined && since >= goneFor(session) ? since : undefined;
 }
-
-/** What a client had missed elsewhere when it came, after a position: for a room of its own, which has its private id as name. */
-const missedElsewhere = (pid: string, { base, missed }: Trail, since: number): Delivered[] =>
-  missed.slice(since - base).map((packet, i) => ({ ...packet, position: since + i + 1, rooms: [pid], except: [] }));
 
 const goneFor = ({ gone, history, rooms }: Session): number => Math.max(gone, history.gone(rooms));
 
@@ -1370,8 +1371,9 @@ class Handover {
   }
 
   /**
-   * Takes sessions over that are found by `until`: binds their rooms, then claims them, however long the answer takes, for by then
-   * they are nowhere else. Resolves with true where another server is taking them over just now, so that the caller asks again.
+   * Takes sessions over that are found by `until`: binds their rooms, then claims them. The answer may take longer, for a session
+   * that was claimed is nowhere else. Resolves with true where another server is taking them over just now, so that the caller
+   * asks again.
    *
    * Frames of one sender stay in order. So the answer holds what the peer has emitted, if that comes here before the answer,
    * and what this server has emitted, if that was before the claim. For each other sender the answer says up to which frame's
@@ -1418,7 +1420,7 @@ class Handover {
       await Bun.sleep(ASK_LATER);
     }
     // What comes yet in a catch-up may be in the answer too, and a client that is connected would get it twice.
-    while (!membership.heard() && performance.now() < until) await Bun.sleep(ASK_LATER);
+    while (!membership.heard() && performance.now() < end) await Bun.sleep(ASK_LATER);
     for (const session of taken ?? []) this.#sessions.keep(session);
     for (const session of sessions) this.#sessions.drop(session);
     return false;
@@ -1436,6 +1438,7 @@ class Handover {
       number > 0 ? number > (covered[sender] ?? 0) : position > claimedAt;
     const now = performance.now();
     const inherited: Session[] = [];
+    const missedBy = Map.groupBy(items.filter(isMissed), ({ of }) => of);
     const delivered = Map.groupBy(items.filter(isDelivered), ({ group }) => group);
     for (const [group, sessions] of Map.groupBy(items.filter(isHandedSession), ({ group }) => group)) {
       const came: Delivered[] = delivered.get(group) ?? [];
@@ -1450,7 +1453,8 @@ class Handover {
         },
         gone: (rooms) => (log.gone(rooms) > end ? LAST : 0),
       };
-      for (const { ms, ...session } of sessions) inherited.push({ ...session, until: now + ms, missed: [], history });
+      for (const { ms, ...session } of sessions)
+        inherited.push({ ...session, until: now + ms, missed: missedBy.get(session.pid) ?? [], history });
     }
     return inherited;
   }
@@ -1620,6 +1624,7 @@ async function answersPing(conn: EngineConnection): Promise<boolean> {
 const isMovingSession = (item: unknown): item is MovingSession => isLike(item, { pid: "", rooms: [] });
 const isHandedSession = (item: unknown): item is HandedSession & InGroup =>
   isLike(item, { sid: "", pid: "", owner: "", rooms: [] });
+const isMissed = (item: unknown): item is Missed & { of: string } => isLike(item, { of: "", parts: [] });
 const isDelivered = (item: unknown): item is Delivered & InGroup => isLike(item, { rooms: [], except: [], parts: [] });
 /** An answer to a claim begins with, for each peer, the number of the last frame that it covers; if the server is ready. */
 const isHeard = (item: unknown): item is { heard: Record<string, number> } => isLike(item, { heard: {} });
