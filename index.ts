@@ -1587,12 +1587,15 @@ class Recovery {
 
   async #restore(pid: string, offset: string): Promise<Restored> {
     const until = this.#until;
-    let isMoving: boolean;
+    let asksAgain: boolean;
     do {
       await this.#closeOld(pid, offset);
-      isMoving = !this.sessions.find(pid) && (await this.#handover.fetch(pid, offset, until));
-      if (isMoving) await Bun.sleep(ASK_LATER);
-    } while (isMoving && performance.now() < until);
+      const trail = this.sessions.trailOf(pid, offset);
+      const isMoving = !this.sessions.find(pid) && (await this.#handover.fetch(pid, offset, until));
+      // An earlier attempt of this client may have got it meanwhile.
+      asksAgain = isMoving || trail !== this.sessions.trailOf(pid, offset);
+      if (asksAgain) await Bun.sleep(ASK_LATER);
+    } while (asksAgain && performance.now() < until);
     const session = this.sessions.find(pid, offset);
     // A server that closes keeps the client waiting: when its connection ends, it finds its session on another one.
     if (this.#handover.isClosing) return new Promise(() => {});

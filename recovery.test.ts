@@ -282,6 +282,37 @@ describe("connection state recovery", () => {
     expect(items.length).toBeLessThan(200); // the sessions twice, 50 packets, and the first one for each client
   });
 
+  test("takes a client back whose last attempt gets connected, though dead, while it asks for its session", async () => {
+    const [a, b] = await recovering();
+    const link = await Proxy.open(b.port);
+    closers.push(() => link.close());
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await noticed(a);
+    a.io.to("red").emit("n", 1);
+    const { onMessage } = a.adapter;
+    const asked = Promise.withResolvers<void>();
+    const isConnected = Promise.withResolvers<void>();
+    let questions = 0;
+    a.adapter.onMessage = (message, origin) => {
+      const answer = () => onMessage.call(a.adapter, message, origin);
+      if (message.type !== "find") return answer();
+      if (++questions === 1) return void asked.promise.then(answer);
+      asked.resolve();
+      void isConnected.promise.then(answer);
+    };
+    b.io.once("connection", () => {
+      link.silence();
+      isConnected.resolve();
+    });
+    const dead = new Guest(link);
+    const { _pid, _lastOffset } = guest.client as unknown as Record<string, unknown>;
+    Object.assign(dead.client, { _pid, _lastOffset });
+    await eventually(() => expect(questions).toBe(1));
+    expect(await guest.back(b)).toBe(true);
+    await eventually(() => expect(guest.numbers).toEqual([1]));
+  });
+
   test("gives what was not read on one server on the next, though the session was handed over twice meanwhile", async () => {
     const [a, b, c] = await recovering();
     const guest = await Guest.at(a, ["red"]);
