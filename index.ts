@@ -953,7 +953,7 @@ type HandedSession = Omit<Session, "until" | "missed" | "history"> & { readonly 
 type MovingSession = Pick<Session, "pid" | "rooms"> & { readonly isMoving?: true };
 /** Sessions and packets of one group have the same history. */
 type InGroup = { readonly group: number };
-/** What one session hands over: itself, what its client had missed elsewhere, what was delivered for its group. */
+/** An item of an answer to a claim: a session, what its client had missed elsewhere, or what was delivered for a group. */
 type HandedItem = (HandedSession & InGroup) | (Missed & { readonly of: string }) | (Delivered & InGroup);
 
 /** What was delivered, in positions of the owner of sessions, which many of them share. */
@@ -1420,7 +1420,7 @@ class Handover {
       await Bun.sleep(ASK_LATER);
     }
     // What comes yet in a catch-up may be in the answer too, and a client that is connected would get it twice.
-    while (!membership.heard() && performance.now() < end) await Bun.sleep(ASK_LATER);
+    while (!membership.heard() && !this.#node.closing && performance.now() < end) await Bun.sleep(ASK_LATER);
     for (const session of taken ?? []) this.#sessions.keep(session);
     for (const session of sessions) this.#sessions.drop(session);
     return false;

@@ -1,4 +1,4 @@
-/** Connections that fail, and outages. How tests are made: see dev/fixture.ts. */
+/** Connections that fail, and outages. How tests are made: see fixture.ts. */
 import { connect, type Channel, type ChannelModel, type RecoveringChannelModel } from "amqplib";
 import { describe, expect, spyOn, test } from "bun:test";
 import { once } from "node:events";
@@ -38,9 +38,9 @@ import {
   type Node,
   type Pass,
   type Passing,
-} from "./dev/fixture";
-import { Proxy } from "./dev/proxy";
-import { createEmitter, type AdapterOptions } from "./index";
+} from "./fixture";
+import { Proxy } from "./proxy";
+import { createEmitter, type AdapterOptions } from "../index";
 
 useBroker();
 

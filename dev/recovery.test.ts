@@ -1,4 +1,4 @@
-/** Clients that lose their connection and come back. How tests are made: see dev/fixture.ts. */
+/** Clients that lose their connection and come back. How tests are made: see fixture.ts. */
 import { connect } from "amqplib";
 import { describe, expect, spyOn, test } from "bun:test";
 import { type Socket } from "socket.io";
@@ -31,9 +31,9 @@ import {
   type HostOptions,
   type Options,
   type Pass,
-} from "./dev/fixture";
-import { Proxy } from "./dev/proxy";
-import { createEmitter } from "./index";
+} from "./fixture";
+import { Proxy } from "./proxy";
+import { createEmitter } from "../index";
 
 useBroker();
 
@@ -340,7 +340,11 @@ describe("connection state recovery", () => {
     expect(guest.numbers).toEqual([1, 2, 3, 4, 5]);
   });
 
-  test("gives once what a third server sends again while the session is on its way", async () => {
+  /**
+   * A client of the first server comes back to the second one, whose queue goes just then. The session has come over when this
+   * resolves, and what the third server sends again waits until it is allowed.
+   */
+  async function onItsWay() {
     const link = await Proxy.open(broker.port);
     const allowed = Promise.withResolvers<void>();
     const late: Pass = ({ content, again, send, confirm }) => {
@@ -377,12 +381,25 @@ describe("connection state recovery", () => {
     };
     const back = guest.back(b);
     await eventually(() => expect(b.adapter.stats).toMatchObject({ connected: true, reconnects: { consuming: 1 } }));
-    await Promise.race([back, Bun.sleep(700)]);
-    allowed.resolve();
+    await Promise.race([back, Bun.sleep(700)]); // longer than its requestsTimeout
+    return { b, c, guest, back, allow: allowed.resolve };
+  }
+
+  test("gives once what a third server sends again while the session is on its way", async () => {
+    const { c, guest, back, allow } = await onItsWay();
+    allow();
     expect(await back).toBe(true);
     c.io.to("red").emit("n", 2);
     await eventually(() => expect(guest.numbers).toContain(2));
     expect(guest.numbers).toEqual([1, 2]);
+  });
+
+  test("waits no longer for what a third server sends again when its own server closes", async () => {
+    const { b, guest } = await onItsWay();
+    const isMoving = () => b.adapter["recovery"]?.sessions.isMoving(String(Reflect.get(guest.client, "_pid")));
+    expect(isMoving()).toBe(true);
+    await b.adapter.close();
+    await eventually(() => expect(isMoving()).toBe(false));
   });
 
   test("takes a client back ten times in a row, at once, though it hears nothing between", async () => {
