@@ -1323,7 +1323,7 @@ class Handover {
   }
 
   /** Takes a session over from the server that lost the client, or from any other. Resolves with whether it moves yet. */
-  async fetch(pid: string, offset: string, until: number): Promise<boolean> {
+  async search(pid: string, offset: string, until: number): Promise<boolean> {
     if (this.#sessions.isMoving(pid)) return true;
     const opened = this.#node.opened.promise.catch(() => {});
     await within(1_000, opened); // a server that starts knows no other
@@ -1591,7 +1591,7 @@ class Recovery {
     do {
       await this.#closeOld(pid, offset);
       const trail = this.sessions.trailOf(pid, offset);
-      const isMoving = !this.sessions.find(pid) && (await this.#handover.fetch(pid, offset, until));
+      const isMoving = !this.sessions.find(pid) && (await this.#handover.search(pid, offset, until));
       // An earlier attempt of this client may have got it meanwhile.
       asksAgain = isMoving || trail !== this.sessions.trailOf(pid, offset);
       if (asksAgain) await Bun.sleep(ASK_LATER);
@@ -2078,12 +2078,12 @@ class Membership extends NodePart {
     this.#toldBindings = 0; // a peer that had lost sight of this server counts 0 for it
     const tenants = receiver.liveTenants;
     if (await sender.tell(this.#hello(asksOthers))) {
-      await (this.#acquainted ??= this.#meet(performance.now() - now));
+      await (this.#acquainted ??= this.#meet(Math.min(performance.now() - now, GRACE)));
       for (const { opened } of [...tenants, this.context]) opened.resolve();
     } else this.#announcedAt = 0;
   }
 
-  /** After the first hello, whose confirm took some ms: resolves when no more peers answer it. */
+  /** After the first hello, whose confirm took some ms, or long, if the broker blocked: resolves when no more peers answer it. */
   async #meet(confirmMs: number): Promise<void> {
     for (let known = -1; known < this.peers.size; await Bun.sleep(2 * confirmMs + MEETING)) known = this.peers.size;
   }
@@ -2295,12 +2295,12 @@ class Sender extends NodePart implements ConnectionEvents {
       membership.resume();
     });
     await declare(channel, names);
-    const transmit: Transmit = ({ keys: [key = "", ...CC], body, direct, again }, confirmed) => {
-      const options: Options.Publish = direct ? { mandatory: key !== ALL_SERVERS } : {};
+    const transmit: Transmit = ({ keys: [key = "", ...CC], body, viaKeys, again }, confirmed) => {
+      const options: Options.Publish = viaKeys ? { mandatory: key !== ALL_SERVERS } : {};
       if (CC.length > 0) options.CC = CC;
       if (again) options.type = AGAIN;
       try {
-        channel.publish(direct ? names.keys : names.main, key, body, options, (error: Error | null) =>
+        channel.publish(viaKeys ? names.keyExchange : names.mainExchange, key, body, options, (error: Error | null) =>
           confirmed(!error ? "taken" : error.message === "message nacked" ? "refused" : "lost"),
         );
       } catch (error) {
@@ -2441,7 +2441,7 @@ class Receiver extends NodePart implements ConnectionEvents {
     const data = /^\s*\[\s*"/.test(text) ? parseJson(text) : undefined;
     if (!isList(data))
       throw new FrameError(`${JSON.stringify(text.slice(0, 20))}; expected an array that begins with a string`);
-    const isRoomExchange = exchange !== names.main && exchange !== names.keys;
+    const isRoomExchange = exchange !== names.mainExchange && exchange !== names.keyExchange;
     const keys = isRoomExchange
       ? (this.#topology?.bindings.viaExchange() ?? []).filter((key) => names.roomExchange(key) === exchange)
       : [routingKey, ...(Array.isArray(cc) ? cc.map(String) : [])];
@@ -3054,8 +3054,8 @@ class FrameLog {
 interface Outgoing {
   keys: readonly string[];
   body: Buffer;
-  /** One server's, or all servers', queue: published to the keys, and returned if there is no such queue. */
-  readonly direct: boolean;
+  /** For one server or for all: published to the second exchange, and returned if that one server has no queue. */
+  readonly viaKeys: boolean;
   /** A frame that its receiver has asked for again. */
   readonly again?: boolean;
 }
@@ -3097,6 +3097,8 @@ const MAX_DIGESTS = 64;
 class Publisher {
   framesSent = 0;
   packetsSent = 0;
+  /** Since when the broker takes messages (ms, monotonic); undefined while it is away, or blocks for want of memory or disk. */
+  takesSince: number | undefined;
   readonly log: FrameLog;
   readonly batcher: Batcher;
   readonly #uid: string;
@@ -3104,10 +3106,6 @@ class Publisher {
   readonly #events: PublisherEvents;
   readonly #now: () => number;
   #transmit: Transmit | undefined;
-  /** Whether the broker takes no messages for a while, for it lacks memory or disk. */
-  #blocked = false;
-  /** When the connection came up, or the broker stopped to block. */
-  #since = 0;
   /** In the order in which they were published. */
   #flights: Flight[] = [];
   #bytesInFlight = 0;
@@ -3141,11 +3139,6 @@ class Publisher {
     return (this.#flights.find(({ number }) => number > 0)?.number ?? this.log.next) - 1;
   }
 
-  /** Since when the broker takes messages (ms, monotonic); undefined while it is away or blocks. */
-  get takesSince(): number | undefined {
-    return this.#transmit && !this.#blocked ? this.#since : undefined;
-  }
-
   get unconfirmed(): number {
     return this.#flights.length;
   }
@@ -3158,9 +3151,9 @@ class Publisher {
   /** Publishes what has not been confirmed once more, with its numbers, and then what waits. */
   up(transmit: Transmit): void {
     this.#transmit = transmit;
-    this.#since = this.#now();
+    this.takesSince = this.#now();
     this.#bytesInFlight = 0;
-    const before = this.#now() - this.#journalMs;
+    const before = this.takesSince - this.#journalMs;
     for (const flight of this.#flights) {
       const at = this.log.timeOf(flight.number) ?? before;
       if (at < before) this.#events.dropped(this.#withdraw(flight)); // peers may have forgotten whether they have it
@@ -3173,24 +3166,23 @@ class Publisher {
   /** The connection is lost. */
   down(): void {
     this.#transmit = undefined;
-    this.#blocked = false;
+    this.takesSince = undefined;
     this.#flights = this.#flights.filter(({ number }) => number > 0);
     this.batcher.drop(({ to }) => to.volatile);
     this.#checkDrained();
   }
 
   block(blocked: boolean): void {
-    this.#blocked = blocked;
-    this.#since = this.#now();
+    this.takesSince = this.#transmit && !blocked ? this.#now() : undefined;
     this.flush();
   }
 
   /** A message that is no part of the stream: sent at once or not at all. Resolves with whether the broker has it. */
   sendNow(key: string, body: Buffer, again = false): Promise<boolean> {
     const transmit = this.#transmit;
-    if (!transmit || this.#blocked) return Promise.resolve(false);
+    if (!transmit || this.takesSince === undefined) return Promise.resolve(false);
     return new Promise((resolve) =>
-      transmit({ keys: [key], body, direct: true, again }, (outcome) =>
+      transmit({ keys: [key], body, viaKeys: true, again }, (outcome) =>
         // What is for all servers is refused by full queues; the others have it.
         resolve(outcome === "taken" || (outcome === "refused" && key === ALL_SERVERS)),
       ),
@@ -3264,7 +3256,7 @@ class Publisher {
     const predecessors = to.volatile ? [] : predecessorsIn(this.#flights, number);
     const body = writeFrame(allocate, this.#uid, number, this.floor, packets, predecessors);
     const digests = keys.slice(0, MAX_DIGESTS).map(digestOf);
-    const flight: Flight = { number, keys, body, digests, direct: to.kind === SectionKind.Direct };
+    const flight: Flight = { number, keys, body, digests, viaKeys: to.kind === SectionKind.Direct };
     this.#flights.push(flight);
     this.packetsSent += packets.length;
     this.#send(flight);
@@ -3615,10 +3607,10 @@ const DURABLE: Options.AssertExchange = { durable: true };
 const TRANSIENT: Options.AssertExchange = { durable: false, autoDelete: true };
 
 /** The two exchanges that stay. */
-async function declare(channel: Channel, { main, keys }: Names): Promise<void> {
-  await channel.assertExchange(main, "fanout", DURABLE);
-  await channel.assertExchange(keys, "direct", DURABLE);
-  await channel.bindExchange(keys, main, "");
+async function declare(channel: Channel, { mainExchange, keyExchange }: Names): Promise<void> {
+  await channel.assertExchange(mainExchange, "fanout", DURABLE);
+  await channel.assertExchange(keyExchange, "direct", DURABLE);
+  await channel.bindExchange(keyExchange, mainExchange, "");
 }
 
 /** One queue on one connection, and the loop that binds and unbinds until what is bound is what is wanted. */
@@ -3660,8 +3652,8 @@ class Topology {
     const exclusive = { exclusive: true, durable: false, arguments: settings.queueArguments };
     await Promise.all([declare(lanes[0] ?? channel, names), channel.assertQueue(queue, exclusive)]);
     await Promise.all([
-      ...ownKeys(uid).map((key, i) => (lanes[i] ?? channel).bindQueue(queue, names.keys, key)),
-      channel.bindQueue(queue, names.main, EVERYTHING),
+      ...ownKeys(uid).map((key, i) => (lanes[i] ?? channel).bindQueue(queue, names.keyExchange, key)),
+      channel.bindQueue(queue, names.mainExchange, EVERYTHING),
     ]);
     const onMessage = (message: ConsumeMessage | null) => {
       if (!message) lose(new Error(`The queue ${queue} was deleted`));
@@ -3739,7 +3731,7 @@ class Topology {
 
   async #tryChange(lane: Channel, { key, from, to }: BindingChange): Promise<void> {
     const [queue, { names }] = [this.#queue, this.#context];
-    const source = key === EVERYTHING ? names.main : names.keys;
+    const source = key === EVERYTHING ? names.mainExchange : names.keyExchange;
     const exchange = names.roomExchange(key);
     if (to === "exchange") {
       this.#unbound.add(exchange);
@@ -3926,7 +3918,9 @@ async function closeConnection(model: AmqpConnection): Promise<void> {
 /** What a promise resolves to, or undefined after `ms`. */
 async function within<T>(ms: number, promise: Promise<T>): Promise<T | undefined> {
   let timer: Timeout | undefined;
-  const late = new Promise<undefined>((resolve) => (timer = setTimeout(() => resolve(undefined), Math.max(0, ms))));
+  const late = new Promise<undefined>(
+    (resolve) => (timer = setTimeout(() => resolve(undefined), Math.min(Math.max(0, ms), MAX_TIMEOUT))),
+  );
   try {
     return await Promise.race([promise, late]);
   } finally {
@@ -4335,7 +4329,7 @@ function encodeValue(value: unknown): Part[] {
     const binary = asBinary(this[key]); // the value before Buffer's toJSON
     return binary ? { _placeholder: true, num: binaries.push(binary) - 1 } : replaced;
   });
-  return [json, ...binaries];
+  return [json ?? "null", ...binaries]; // `undefined` and functions give no JSON
 }
 
 function decodeValue([json, ...binaries]: Part[]): unknown {
@@ -4420,20 +4414,21 @@ const isSocketId = (room: Room): boolean => typeof room === "string" && room.len
 
 class Names {
   /** Everybody publishes to this exchange, which bears the prefix as its name. */
-  readonly main: string;
+  readonly mainExchange: string;
   /** Behind it: queues are bound to it by routing key. */
-  readonly keys: string;
+  readonly keyExchange: string;
 
   constructor(prefix: string) {
-    this.main = prefix;
-    this.keys = `${prefix}#keys`;
+    this.mainExchange = prefix;
+    this.keyExchange = `${prefix}#keys`;
   }
 
   roomExchange(key: string): string {
-    return `${this.main}#${isShort(`${this.main}#${key}`) ? key : hashed(key)}`;
+    const name = `${this.mainExchange}#${key}`;
+    return isShort(name) ? name : `${this.mainExchange}#${hashed(key)}`;
   }
 
   queue(uid: string, generation: number): string {
-    return `${this.main}#@${uid}.${generation}`;
+    return `${this.mainExchange}#@${uid}.${generation}`;
   }
 }
