@@ -164,6 +164,20 @@ describe("a broadcast to", () => {
     expect(reported).not.toEqual([]);
     expect(reported.filter((error) => !error.includes("a listener's"))).toEqual([]);
   });
+
+  test("reaches other servers though an outgoing listener throws into it", async () => {
+    const { a, ann, bob, cat } = await crew();
+    ann.socket.onAnyOutgoing(() => {
+      throw new Error("a listener's");
+    });
+    expect(() => a.io.emit("hello")).toThrow("a listener's");
+    a.io.to("blue").emit("end");
+    await Promise.all([bob, cat].map(({ client }) => received(client, "end")));
+    expect([bob.heard, cat.heard]).toEqual([
+      [["hello"], ["end"]],
+      [["hello"], ["end"]],
+    ]);
+  });
 });
 
 describe("volatile packets", () => {
@@ -1571,6 +1585,7 @@ describe("a bad message", () => {
     const small = packets.filter(([event]) => event !== "big");
     expect(await heardFrom(a.io, people)).toEqual({ ann: packets, bob: small, cat: small });
     expect(errorsOf(a)).toEqual([expect.stringMatching(/maxPayload/), expect.stringMatching(/maxPayload/)]);
+    expect(a.adapter.stats.dropped).toBe(2);
   });
 
   test("of an unknown version is reported once per sender", async () => {

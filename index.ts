@@ -171,7 +171,7 @@ export interface AdapterStats {
   duplicates: number;
   /** Frames of other servers that did not come here and could not be replayed. Some may have been for others. */
   lost: number;
-  /** Packets of this server that were not sent: too many waited, or for too long. */
+  /** Packets of this server that were not sent: too many waited, or for too long, or they were too large. */
   dropped: number;
   /** Packets that wait to be sent, and how many bytes they take. */
   queued: number;
@@ -398,18 +398,11 @@ const SERVER_EVENTS = /^(connect|connection|new_namespace)$/;
 /** Packets for a room, or for options. */
 type Target = string | BroadcastOptions;
 
-/** Encoded packets for sockets. */
-interface Delivery {
-  readonly sockets: Socket[];
-  readonly target: Target;
-  readonly origin: Origin;
-  /** The frame that brought them, if one did, and how many packets stand before them in it. */
-  readonly frame?: Frame;
-  readonly first?: number;
-  packets(): unknown[][];
-  /** The packet before it was encoded, where this server did that: then there is only one. */
-  readonly decoded?: Packet;
-}
+/** Encoded packets for sockets: of a peer's frame, with how many stand before them in it, or a single one that was encoded here. */
+type Delivery = { readonly sockets: Socket[]; packets(): unknown[][] } & (
+  | { readonly target: Target; readonly frame: Frame; readonly first: number; readonly decoded?: undefined }
+  | { readonly target: BroadcastOptions; readonly frame?: undefined; readonly origin: Origin; readonly decoded: Packet }
+);
 
 /** Binds what the rooms of a namespace and its sessions want. */
 class BoundAdapter extends Adapter {
@@ -511,23 +504,25 @@ class LocalAdapter extends BoundAdapter {
   onPackets(section: Section, frame: Frame): void {
     const target = targetOf(section);
     const packets = () => takePackets(section);
-    this.#write({ sockets: this.localSockets(target), target, origin: frame, frame, first: section.first, packets });
+    this.#write({ sockets: this.localSockets(target), target, frame, first: section.first, packets });
   }
 
-  /** Delivers a packet to the local sockets; returns it encoded. */
-  protected broadcastLocally(packet: Packet, opts: BroadcastOptions, origin: Origin): unknown[] {
+  protected encoded(packet: Packet): unknown[] {
     packet.nsp = this.nsp.name;
-    const parts = this.nsp.server.encoder.encode(packet);
+    return this.nsp.server.encoder.encode(packet);
+  }
+
+  /** Delivers a packet, here encoded, to the local sockets. */
+  protected writeLocally(decoded: Packet, parts: unknown[], opts: BroadcastOptions, origin: Origin): void {
     const packets = () => [parts];
-    this.#write({ sockets: this.localSockets(opts), target: opts, origin, packets, decoded: packet });
-    return parts;
+    this.#write({ sockets: this.localSockets(opts), target: opts, origin, packets, decoded });
   }
 
   #write(delivery: Delivery): void {
-    const { sockets, target, origin, packets, decoded } = delivery;
+    const { sockets, target, packets, decoded } = delivery;
     if (sockets.length === 0 && !this.recovery?.sessions.awaits(target)) return;
     const { volatile, compress } = (typeof target === "string" ? undefined : target.flags) ?? {};
-    const isRemote = origin.sender !== this.node.uid;
+    const isRemote = (delivery.frame ?? delivery.origin).sender !== this.node.uid;
     const options = { preEncoded: true, volatile: volatile && !isRemote, compress };
     for (const parts of this.recovery ? this.recovery.stamped(delivery) : packets()) {
       let packet = decoded;
@@ -584,12 +579,12 @@ class LocalAdapter extends BoundAdapter {
     const onAck = (...values: unknown[]) => this.answer(from, { type: "ack", id, packet: this.tryEncode(ACK, values) });
     this.answer(from, { type: "clients", id, count: sockets.length });
     for (const { acks } of sockets) acks.set(packet.id, onAck);
-    this.#write({ sockets, target, origin: FOREIGN, packets, decoded: packet });
     // Socket.IO would keep these callbacks until the clients disconnect. An answer may be a second late.
     const keptMs = Math.min(message.timeout, MAX_TIMEOUT - 1_000) + 1_000;
     setTimeout(() => {
       for (const { acks } of sockets) acks.delete(packet.id);
     }, keptMs).unref();
+    this.#write({ sockets, target, origin: FOREIGN, packets, decoded: packet });
   }
 
   /** Answers with a list, in parts of a bounded size. */
@@ -599,7 +594,7 @@ class LocalAdapter extends BoundAdapter {
     for (const item of list) {
       const itemSize = lengthOf(item);
       if (size > 0 && size + itemSize > this.node.settings.maxPayload / 4) {
-        this.answer(to, { type: "items", id, items, more: true });
+        if (!this.answer(to, { type: "items", id, items, more: true })) return;
         items = [];
         size = 0;
       }
@@ -613,18 +608,22 @@ class LocalAdapter extends BoundAdapter {
   protected tryEncode(type: number, data: unknown[]): Part[] | undefined {
     const packet = { type, nsp: this.nsp.name, id: 0, data };
     const encode = () => this.nsp.server.encoder.encode(packet).map(partOf);
-    return this.#reportThrown("A packet cannot be encoded for other servers", encode);
+    return this.tryTo("A packet cannot be encoded for other servers", encode);
   }
 
-  /** A value that cannot be encoded is left out. */
-  protected answer(to: string, value: Answer): void {
-    const parts = this.#reportThrown("An answer cannot be sent to another server", () => encodeValue(value));
-    this.node.sender.add(this.routes.direct(to), parts ?? encodeValue({ ...value, value: null, items: [] }));
+  /** Returns false where the answer cannot be encoded or is too large: one without a value, which ends a list, goes in its place. */
+  protected answer(to: string, value: Answer): boolean {
+    const parts = this.tryTo("An answer cannot be sent to another server", () => encodeValue(value));
+    const direct = this.routes.direct(to);
+    if (parts && this.node.sender.add(direct, parts)) return true;
+    this.node.sender.add(direct, encodeValue({ ...value, value: null, packet: undefined, items: [], more: false }));
+    return false;
   }
 
-  #reportThrown<T>(what: string, encode: () => T): T | undefined {
+  /** Undefined, and reported, where that throws. */
+  protected tryTo<T>(what: string, convert: () => T): T | undefined {
     try {
-      return encode();
+      return convert();
     } catch (error) {
       this.node.reports.report(new TypeError(`${what}: ${asError(error).message}`));
       return undefined;
@@ -658,7 +657,7 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
   /** Made by what `createAdapter()` returns. */
   constructor(nsp: Namespace, node: Node) {
     super(nsp, node);
-    this.ready.catch(() => {}); // rejects only on close(), which nobody has to await
+    this.ready.catch(() => this.close()); // rejects on close(), which nobody has to await, or where the server is closed
     const { adapter: replaced } = this.nsp;
     // Not in init(), which Socket.IO calls from 4.8.2 on only, and before a namespace that is made from a pattern is complete.
     queueMicrotask(() => {
@@ -704,10 +703,14 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
   }
 
   override broadcast(packet: Packet, opts: BroadcastOptions): void {
-    const parts = this.broadcastLocally(packet, opts, { sender: this.uid, number: 0 });
-    // One with an id is from `socket.emit()` with a callback: its client answers.
-    if (packet.id === undefined && !opts.flags?.local && !this.node.closing)
-      this.node.sender.add(this.routes.packets(opts), parts);
+    const parts = this.encoded(packet);
+    try {
+      this.writeLocally(packet, parts, opts, { sender: this.uid, number: 0 });
+    } finally {
+      // Also if an outgoing listener throws. A packet with an id is from `socket.emit()` with a callback: its client answers.
+      if (packet.id === undefined && !opts.flags?.local && !this.node.closing)
+        this.node.sender.add(this.routes.packets(opts), parts);
+    }
   }
 
   override broadcastWithAck(
@@ -732,9 +735,10 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
           if (message.type === "clients") peer.count = message.count;
           if (message.type === "ack") {
             peer.acks++;
-            const unsendable = "The client's answer cannot be sent to this server; the other server has reported why";
-            const values = message.packet ? decode(this.nsp, message.packet).data : [new Error(unsendable)];
-            queueMicrotask(() => ack(...values)); // deferred as below
+            const { packet } = message;
+            const answer = packet && this.tryTo("A client's answer cannot be read", () => decode(this.nsp, packet));
+            const unsendable = "The client's answer cannot be sent to this server; one of the servers has reported why";
+            queueMicrotask(() => ack(...(answer?.data ?? [new Error(unsendable)]))); // deferred as below
           }
           return peer.acks >= peer.count;
         },
@@ -801,7 +805,7 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
     switch (message.type) {
       case "packet": {
         const packet = { type: EVENT, nsp: this.nsp.name, data: eventOf(message.data) };
-        return void this.broadcastLocally(packet, fromWire(message.opts), { sender: from, number });
+        return this.writeLocally(packet, this.encoded(packet), fromWire(message.opts), { sender: from, number });
       }
       case "join":
         return super.addSockets(fromWire(message.opts), sentRooms(message.rooms));
@@ -932,7 +936,9 @@ interface Trail {
   last: number;
   /** The offset with which it came back, if it did. Until it hears of a newer one, this stands for `base`. */
   readonly presented?: string | undefined;
-  /** What it had missed on other servers when it came: each takes one of the positions after `base`. */
+  /** When it came (ms, monotonic). */
+  readonly cameAt: number;
+  /** What it had missed on other servers then: each takes one of the positions after `base`. */
   readonly missed: readonly Missed[];
   /** What was delivered after that, here and, before a session was handed over, by its former server. */
   readonly history: History;
@@ -948,7 +954,7 @@ interface Session extends SocketSession, Trail {
   readonly until: number;
 }
 /** The same as one server hands it over to another: it waits for so many ms yet. */
-type HandedSession = Omit<Session, "until" | "missed" | "history"> & { readonly ms: number };
+type HandedSession = Omit<Session, "until" | "cameAt" | "missed" | "history"> & { readonly ms: number };
 /** One that another server hands over. `isMoving`: it is still on its way to that server, which is asked again. */
 type MovingSession = Pick<Session, "pid" | "rooms"> & { readonly isMoving?: true };
 /** Sessions and packets of one group have the same history. */
@@ -1122,8 +1128,6 @@ class Sessions {
   readonly #arriving = new Map<SocketId, { readonly session: Session; readonly offset: string }>();
   /** By private id: of clients that are connected. */
   readonly #trails = new Map<string, Trail>();
-  /** Clients that came from other servers and had missed packets: when (ms, monotonic), and the last one's position here. */
-  readonly #returns = new Map<string, { readonly at: number; readonly end: number }>();
 
   constructor(uid: string, maxBytes: number, maxMs: number, follow: Follow, emptied: () => void) {
     this.#uid = uid;
@@ -1201,9 +1205,9 @@ class Sessions {
   connected({ id: sid, pid = "" }: Socket): Pick<Delivered, "parts" | "position">[] | undefined {
     const { log } = this;
     const arrival = this.#arriving.get(sid);
+    const trail = { sid, owner: this.#uid, cameAt: performance.now(), history: log };
     if (!arrival) {
-      const { position } = log;
-      this.#trails.set(pid, { sid, owner: this.#uid, base: position, last: position, missed: [], history: log });
+      this.#trails.set(pid, { ...trail, base: log.position, last: log.position, missed: [] });
       return [];
     }
     const { session, offset } = arrival;
@@ -1218,9 +1222,7 @@ class Sessions {
     // What was delivered elsewhere has positions here, but no place in the log: many clients may have missed the same.
     const missed = isOwn ? unread : [...unread, ...later];
     const base = isOwn ? since : log.skip(missed.length);
-    const trail = { sid, owner: this.#uid, presented: offset, base, last: base, missed, history: log };
-    this.#trails.set(pid, trail);
-    if (missed.length > 0) this.#returns.set(pid, { at: performance.now(), end: base + missed.length });
+    this.#trails.set(pid, { ...trail, presented: offset, base, last: base, missed });
     return [...missed.map(({ parts }, i) => ({ parts, position: base + i + 1 })), ...(isOwn ? later : [])];
   }
 
@@ -1230,7 +1232,6 @@ class Sessions {
     this.#arriving.delete(sid);
     if (arrival) this.keep(arrival.session);
     this.#trails.delete(pid);
-    this.#returns.delete(pid);
   }
 
   /** A client is lost. */
@@ -1249,12 +1250,13 @@ class Sessions {
       const begins = sessions.map((session) => (offset === undefined ? session.base : missedSince(session, offset)));
       const since = begins.reduce((first: number, begin = LAST) => Math.min(first, begin), LAST);
       const handed = sessions.map((session) => {
-        const { missed: _, history: __, until, ...rest } = session;
+        const { missed: _, history: __, cameAt: ___, until, ...rest } = session;
         return { ...rest, gone: Math.max(since, goneFor(session)), ms: until - now, group };
       });
       const missed = sessions.flatMap(({ pid, missed }) => missed.map(({ parts }) => ({ of: pid, parts })));
       const delivered = history.after(since, new Set(sessions.flatMap(({ rooms }) => rooms)));
-      return [...handed, ...missed, ...delivered.map((packet) => ({ ...packet, group }))];
+      // The sessions last: none of them comes over without its packets.
+      return [...missed, ...delivered.map((packet) => ({ ...packet, group })), ...handed];
     });
   }
 
@@ -1265,12 +1267,11 @@ class Sessions {
     const sessions = this.#kept.values().filter((session) => "until" in session);
     const lostAt = sessions.reduce((first, { until }) => Math.min(first, until - this.#maxMs), now);
     this.log.expire(lostAt - UNNOTICED, (room) => rooms.has(room) || this.pinned.has(room));
-    for (const [pid, { at, end }] of this.#returns) {
-      if (at > now - UNNOTICED) break;
-      this.#returns.delete(pid);
-      const trail = this.#trails.get(pid);
+    for (const [pid, trail] of this.#trails) {
+      const { cameAt, base, missed } = trail;
+      if (missed.length === 0 || cameAt > now - UNNOTICED) continue;
       // It has read what it had missed, or its connection would be known to be dead.
-      if (trail) this.#trails.set(pid, { ...trail, base: end, presented: undefined, missed: [] });
+      this.#trails.set(pid, { ...trail, base: base + missed.length, presented: undefined, missed: [] });
     }
   }
 
@@ -1313,12 +1314,12 @@ class Handover {
   /** Whether this server closes. */
   isClosing = false;
   readonly #node: Node;
-  readonly #nsp: string;
+  readonly #routes: Routes;
   readonly #sessions: Sessions;
 
-  constructor(node: Node, nsp: string, sessions: Sessions) {
+  constructor(node: Node, routes: Routes, sessions: Sessions) {
     this.#node = node;
-    this.#nsp = nsp;
+    this.#routes = routes;
     this.#sessions = sessions;
   }
 
@@ -1400,7 +1401,7 @@ class Handover {
     for (const session of sessions) this.#sessions.keep(session);
     // The namespace too: a client may be in no room that has a key.
     const live = [
-      this.#node.receiver.follow(namespaceKey(this.#nsp)),
+      this.#node.receiver.follow(namespaceKey(this.#routes.nsp)),
       this.#sessions.follow(sessions.flatMap(({ rooms }) => rooms)),
     ];
     const end = performance.now() + settings.journal.ms; // then the answer may be lost
@@ -1454,7 +1455,7 @@ class Handover {
         gone: (rooms) => (log.gone(rooms) > end ? LAST : 0),
       };
       for (const { ms, ...session } of sessions)
-        inherited.push({ ...session, until: now + ms, missed: missedBy.get(session.pid) ?? [], history });
+        inherited.push({ ...session, cameAt: now, until: now + ms, missed: missedBy.get(session.pid) ?? [], history });
     }
     return inherited;
   }
@@ -1462,17 +1463,17 @@ class Handover {
   /** The other servers that have the namespace open; none while the broker is away, or when this server says goodbye. */
   #peers(): string[] {
     const { closing, upSince, membership } = this.#node;
-    return closing || upSince === undefined ? [] : membership.serversOf(this.#nsp);
+    return closing || upSince === undefined ? [] : membership.serversOf(this.#routes.nsp);
   }
 
   /** Asks servers, each of which answers with a list, in parts. */
   #ask(peers: string[], until: number, question: (id: string) => Message, take: ListTaker): Promise<unknown> {
-    const { sender } = this.#node;
+    const { sender, requests } = this.#node;
     const send = (id: string) => {
       const parts = encodeValue(question(id));
-      for (const uid of peers) sender.add(this.#node.routes(this.#nsp).direct(uid), parts);
+      for (const uid of peers) sender.add(this.#routes.direct(uid), parts);
     };
-    return this.#node.requests.ask(this.#nsp, peers, Math.max(until - performance.now(), 0), send, takingLists(take));
+    return requests.ask(this.#routes.nsp, peers, Math.max(until - performance.now(), 0), send, takingLists(take));
   }
 }
 
@@ -1497,7 +1498,7 @@ class Recovery {
     // The last socket may have gone before the last session: nothing is removed, but Socket.IO looks once more.
     const emptied = () => void (this.#handover.isClosing || nsp._remove({ id: "" }));
     this.sessions = new Sessions(node.uid, node.settings.recoveryBytes, maxMs, follow, emptied);
-    this.#handover = new Handover(node, nsp.name, this.sessions);
+    this.#handover = new Handover(node, this.#routes, this.sessions);
     this.#sweep = setInterval(() => this.sessions.expire(rooms), 1_000);
     this.#sweep.unref();
     nsp.prependListener("connect", this.#onConnect);
@@ -1534,14 +1535,16 @@ class Recovery {
   }
 
   /** The packets of a delivery, each with an offset, by which the client says how far it has come. Keeps them. */
-  stamped({ sockets, target, origin, frame, first = 0, packets, decoded }: Delivery): unknown[][] {
-    if (decoded?.id !== undefined) return packets();
+  stamped(delivery: Delivery): unknown[][] {
+    const { sockets, target, frame, decoded } = delivery;
+    if (decoded?.id !== undefined) return delivery.packets();
     const { log } = this.sessions;
-    const isKept = frame ? frame.number > 0 : typeof target === "string" || !target.flags?.volatile;
-    let position = isKept && frame ? log.note(frame) + first : log.position;
-    return packets().map((encoded) => {
+    const isKept = frame ? frame.number > 0 : !delivery.target.flags?.volatile;
+    let position = isKept && frame ? log.note(frame) + delivery.first : log.position;
+    return delivery.packets().map((encoded) => {
       const parts = asParts(encoded);
-      if (isKept) position = frame ? position + 1 : log.add(this.#routes.packets(optionsOf(target)), parts, origin);
+      if (isKept)
+        position = frame ? position + 1 : log.add(this.#routes.packets(delivery.target), parts, delivery.origin);
       return this.#stamp(parts, this.sessions.wrote(sockets, position));
     });
   }
@@ -1611,9 +1614,6 @@ class Recovery {
     return this.#nsp.server.encoder.encode({ ...packet, data: [...packet.data, offset] });
   }
 }
-
-const optionsOf = (target: Target): BroadcastOptions =>
-  typeof target === "string" ? { rooms: new Set([target]) } : target;
 
 /** Whether the client of a connection answers a ping within 300 ms. */
 async function answersPing(conn: EngineConnection): Promise<boolean> {
@@ -1912,6 +1912,8 @@ const WATCH_INTERVAL = 250;
 const announceInterval = (namespaces: number): number => 20 + namespaces / 50;
 /** How long answers to a server's first hello are waited for, beyond two round trips to the broker, in ms. */
 const MEETING = 20;
+/** A round trip that takes longer than this (ms) had to wait for the broker, which blocks publishers at times. */
+const FAR = 300;
 /** After how many ms without a word of an answer a peer is asked again for what was missed. */
 const ASK_AGAIN = 500;
 /** For how many ms after an outage, this server's or a peer's, the peer's queue may not be back yet. */
@@ -2020,8 +2022,8 @@ class Membership extends NodePart {
       this.ask(peer);
       // It may have lost its connection for a moment; killed, it will not come back.
       if (now - (peer.queueGoneAt ?? now) > RETURN) this.#giveUp(peer, "has no queue any more");
-      // Counted from the end of an outage to the last delivery: while this queue gets nothing, no peer counts as silent.
-      const silence = receiver.heardAt - Math.max(peer.heardAt, upSince);
+      // Counted from the end of an outage or of a memory alarm to the last delivery: while this queue gets nothing, nobody is silent.
+      const silence = receiver.heardAt - Math.max(peer.heardAt, upSince, receiver.heardSince);
       const isLate = silence > Math.min(heartbeatInterval + WATCH_INTERVAL, heartbeatTimeout - 2 * WATCH_INTERVAL);
       // If its queue is gone the ping comes back, and nobody waits for it.
       if (peer.namespaces && (isLate || requests.isAwaited(peer.uid))) void sender.tell({ type: "ping" }, peer.uid);
@@ -2078,14 +2080,14 @@ class Membership extends NodePart {
     this.#toldBindings = 0; // a peer that had lost sight of this server counts 0 for it
     const tenants = receiver.liveTenants;
     if (await sender.tell(this.#hello(asksOthers))) {
-      await (this.#acquainted ??= this.#meet(Math.min(performance.now() - now, GRACE)));
+      await (this.#acquainted ??= this.#meet(Math.min(performance.now() - now, FAR)));
       for (const { opened } of [...tenants, this.context]) opened.resolve();
     } else this.#announcedAt = 0;
   }
 
-  /** After the first hello, whose confirm took some ms, or long, if the broker blocked: resolves when no more peers answer it. */
-  async #meet(confirmMs: number): Promise<void> {
-    for (let known = -1; known < this.peers.size; await Bun.sleep(2 * confirmMs + MEETING)) known = this.peers.size;
+  /** After the first hello, whose round trip took some ms: resolves when no more peers answer it. */
+  async #meet(roundTrip: number): Promise<void> {
+    for (let known = -1; known < this.peers.size; await Bun.sleep(2 * roundTrip + MEETING)) known = this.peers.size;
   }
 
   #beat(): Control & { type: "beat" } {
@@ -2209,18 +2211,18 @@ class Sender extends NodePart implements ConnectionEvents {
     },
   });
 
-  /** A packet for a destination. Volatile ones are dropped while the broker is away. */
-  add(to: Destination, parts: readonly unknown[]): void {
+  /** A packet for a destination. Volatile ones are dropped while the broker is away. Returns false for one that is too large. */
+  add(to: Destination, parts: readonly unknown[]): boolean {
     const packet = asParts(parts);
     let length = to.head.length;
     for (const part of packet) length += part.length;
-    const { settings, reports } = this.context;
-    const { maxPayload } = settings;
+    const { maxPayload } = this.context.settings;
     const overhead = OVERHEAD + 4 * packet.length;
     let size = length * 3 + overhead; // at most
     if (size > maxPayload) size = [to.head, ...packet].reduce((sum, part) => sum + Buffer.byteLength(part), overhead);
-    if (size <= maxPayload) return this.publisher.add(to, packet, length);
-    reports.report(new RangeError(`A packet of ${size} bytes was not sent: maxPayload is ${maxPayload} bytes`));
+    if (size <= maxPayload) this.publisher.add(to, packet, length);
+    else this.#giveUp(1, `A packet of ${size} bytes was not sent: maxPayload is ${maxPayload} bytes`);
+    return size <= maxPayload;
   }
 
   /** Tells one peer or all, now or not at all; resolves with whether the broker took it. */
@@ -2320,10 +2322,17 @@ class Sender extends NodePart implements ConnectionEvents {
   down(error: BrokerError): void {
     // A message that is larger than the broker or the connection allows would close the next channel as well.
     const isTooLarge = (error.code === 406 && error.classId === 60) || error.code === 501;
-    const size = isTooLarge ? this.publisher.giveUpLargest() : 0;
-    const message = `A frame of ${size} bytes was refused: ${error.message}; lower maxPayload`;
-    if (size > 0) this.context.reports.report(new RangeError(message));
+    const refused = isTooLarge ? this.publisher.giveUpLargest() : undefined;
+    const what = `A frame of ${refused?.size} bytes was refused: ${error.message}; lower maxPayload`;
+    if (refused) this.#giveUp(refused.packets, what);
     this.publisher.down();
+  }
+
+  /** Counts and reports packets that are too large. */
+  #giveUp(packets: number, what: string): void {
+    this.dropped += packets;
+    this.#reportedDropped += packets;
+    this.context.reports.report(new RangeError(what));
   }
 }
 
@@ -2336,7 +2345,9 @@ const RENEW_AFTER = 2_000;
 class Receiver extends NodePart implements ConnectionEvents {
   readonly connection: Connection = new Connection("consuming", this.context, this);
   /** When the queue last delivered something: it brings this server's own heartbeats too (ms, monotonic). */
-  heardAt = 0;
+  heardAt: number = performance.now();
+  /** Since when it does so without a pause as long as `heartbeatTimeout`. */
+  heardSince = 0;
   /** The oldest heartbeat of this server that the queue may still have to bring (ms, monotonic). */
   #beat = { sentAt: 0, confirmedAt: 0 };
   /** When the queue was first away, maybe at the start (ms, monotonic). Peers that sent before are known. */
@@ -2408,7 +2419,7 @@ class Receiver extends NodePart implements ConnectionEvents {
   /** Something may be missed from here on: each peer is asked for it. An emitter misses nothing. */
   down(): void {
     const { tenants, membership } = this.context;
-    this.awaySince ??= performance.now();
+    this.awaySince ??= this.heardAt; // the loss is noticed later
     this.#topology?.end();
     this.#use(undefined);
     if (tenants.size > 0) for (const { stream } of membership.peers.values()) stream.startCatchUp();
@@ -2421,8 +2432,10 @@ class Receiver extends NodePart implements ConnectionEvents {
   }
 
   #receive({ content, fields, properties }: ConsumeMessage): void {
-    this.heardAt = performance.now();
-    const { reports, inbox } = this.context;
+    const { reports, inbox, settings } = this.context;
+    const now = performance.now();
+    if (now - this.heardAt > settings.heartbeatTimeout) this.heardSince = now;
+    this.heardAt = now;
     const source = () => `exchange '${fields.exchange}', routing key '${fields.routingKey}'`;
     reports.guard(source, () => {
       const { contentType, headers, type } = properties;
@@ -3228,13 +3241,11 @@ class Publisher {
     });
   }
 
-  /** The broker has refused a frame as too large: the largest that is unconfirmed is given up. Returns its size. */
-  giveUpLargest(): number {
+  /** The broker has refused a frame as too large: the largest that is unconfirmed is given up. Returns its size and packets. */
+  giveUpLargest(): { size: number; packets: number } | undefined {
     const sizeOf = ({ body, keys }: Flight) => body.length + keys.join().length;
     const [largest] = this.#flights.toSorted((a, b) => sizeOf(b) - sizeOf(a));
-    const size = largest ? sizeOf(largest) : 0;
-    if (largest) this.#withdraw(largest);
-    return size;
+    return largest && { size: sizeOf(largest), packets: this.#withdraw(largest) };
   }
 
   /** Takes a frame's packets away, in the log too, and returns how many. Its number stays, so nobody misses it. */

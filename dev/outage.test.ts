@@ -165,24 +165,45 @@ describe("a connection", () => {
     errorsOf(node);
   });
 
-  test("that the broker blocks for longer than heartbeatTimeout stays", async () => {
-    const heartbeats = { heartbeatInterval: 50, heartbeatTimeout: 150 };
-    const { nodes, a, people } = await crew(heartbeats);
+  test("that the broker blocks for longer than heartbeatTimeout stays, and nobody is taken for silent", async () => {
+    const heartbeats = { heartbeatInterval: 100, heartbeatTimeout: 500 };
+    const link = await Proxy.open(broker.port);
+    const far = () => connect(`amqp://guest:guest@127.0.0.1:${link.port}`);
+    const [a, b, c] = [
+      await start(heartbeats),
+      await start(heartbeats),
+      await start({ ...heartbeats, amqpConnection: far }),
+    ];
+    closers.push(async () => {
+      await c.adapter.close();
+      link.close();
+    });
+    await acquainted([a, b, c]);
+    const people = { bob: await join(b), cat: await join(c) };
+    const leaves = spyOn(a.adapter["node"].requests, "onLeave");
+    link.latency = 150;
     const blocked = once(a.adapter, "error");
     await broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.0)");
+    let late: Node;
     try {
       a.io.emit("blocked");
       await blocked;
-      await Bun.sleep(500); // three times heartbeatTimeout
+      late = await start(heartbeats);
+      await once(late.adapter, "error");
+      await Bun.sleep(1_500); // three times heartbeatTimeout
     } finally {
       await broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.4)");
     }
+    const wait = milliseconds(() => late.adapter.ready);
     await heardFrom(a.io, people);
-    for (const node of nodes) {
+    await heardFrom(c.io, people);
+    expect(leaves.mock.calls.filter(([, namespaces]) => namespaces === undefined)).toEqual([]);
+    expect(await wait).toBeLessThan(1_500);
+    for (const node of [a, b, c, late]) {
       expect(node.adapter.stats.reconnects).toEqual({ consuming: 0, publishing: 0 });
       for (const error of errorsOf(node)) expect(error).toContain("blocks publishing");
     }
-  });
+  }, 15_000);
 
   test("whose queue has lost its bindings is opened again, and nothing is lost", async () => {
     const heartbeats = { heartbeatInterval: 100, heartbeatTimeout: 400 };
@@ -685,6 +706,25 @@ describe("an outage", () => {
     for (const link of links) link.close();
     for (const node of [early, near, far]) errorsOf(node);
   });
+
+  test("that nobody is told of loses nothing of a server that starts before it is noticed", async () => {
+    const link = await Proxy.open(broker.port);
+    const a = await start({ amqpConnection: () => connect(`amqp://guest:guest@127.0.0.1:${link.port}?heartbeat=1`) });
+    closers.push(async () => {
+      await a.adapter.close();
+      link.close();
+    });
+    await a.adapter.ready;
+    const bob = await join(a, ["red"]);
+    link.silence("consuming");
+    const b = await start();
+    await b.adapter.ready;
+    for (let n = 0; n < 3; n++) b.io.to("red").emit("n", n);
+    await eventually(() => expect(a.adapter.stats.reconnects.consuming).toBe(1), 10_000);
+    b.io.to("red").emit("n", 3);
+    await eventually(() => expect(bob.heard.map(([, n]) => n)).toEqual([0, 1, 2, 3]), 4_000);
+    errorsOf(a);
+  }, 20_000);
 
   test("and another one right after it lose nothing of a server that began to send during the first", async () => {
     const link = await Proxy.open(broker.port);

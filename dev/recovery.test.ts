@@ -734,6 +734,28 @@ describe("connection state recovery", () => {
     ]);
   });
 
+  test("begins anew at once, and says why, where what a client missed is too large to be handed over", async () => {
+    const [a, b] = await recovering({ maxPayload: 20_000 });
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await noticed(a);
+    a.io.to("red").emit("n", '"'.repeat(8_000)); // as JSON in JSON it takes four bytes each
+    b.io.to("red").emit("n", 2);
+    await eventually(() => expect(b.adapter.stats.unconfirmed).toBe(0));
+    expect(await guest.back(b)).toBe(false);
+    expect(errorsOf(a)).toEqual([expect.stringMatching(/not sent: maxPayload/)]);
+  });
+
+  test("keeps data that is undefined", async () => {
+    const [a, b] = await recovering();
+    const guest = await Guest.at(a);
+    guest.on(a).data = undefined;
+    await guest.leave();
+    await noticed(a);
+    expect(await guest.back(b)).toBe(true);
+    expect(guest.on(b).data).toBeUndefined();
+  });
+
   test("bears rooms that are neither strings nor numbers, also once its log is full", async () => {
     const [a, b] = await recovering({ recoveryBytes: 20_000 });
     const guest = await Guest.at(b, ["red"]);
