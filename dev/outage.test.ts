@@ -10,6 +10,7 @@ import {
   broker,
   closeConnections,
   closers,
+  cluster,
   control,
   crew,
   errors,
@@ -165,45 +166,36 @@ describe("a connection", () => {
     errorsOf(node);
   });
 
-  test("that the broker blocks for longer than heartbeatTimeout stays, and nobody is taken for silent", async () => {
+  test("that the broker blocks for longer than heartbeatTimeout stays, and a server that starts then is ready soon after", async () => {
     const heartbeats = { heartbeatInterval: 100, heartbeatTimeout: 500 };
-    const link = await Proxy.open(broker.port);
-    const far = () => connect(`amqp://guest:guest@127.0.0.1:${link.port}`);
-    const [a, b, c] = [
-      await start(heartbeats),
-      await start(heartbeats),
-      await start({ ...heartbeats, amqpConnection: far }),
-    ];
-    closers.push(async () => {
-      await c.adapter.close();
-      link.close();
-    });
-    await acquainted([a, b, c]);
-    const people = { bob: await join(b), cat: await join(c) };
-    const leaves = spyOn(a.adapter["node"].requests, "onLeave");
-    link.latency = 150;
+    const { nodes, a, people } = await crew(heartbeats);
     const blocked = once(a.adapter, "error");
     await broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.0)");
-    let late: Node;
     try {
       a.io.emit("blocked");
       await blocked;
-      late = await start(heartbeats);
-      await once(late.adapter, "error");
+      nodes.push(await start(heartbeats));
       await Bun.sleep(1_500); // three times heartbeatTimeout
     } finally {
       await broker.evaluate("vm_memory_monitor:set_vm_memory_high_watermark(0.4)");
     }
-    const wait = milliseconds(() => late.adapter.ready);
+    expect(await milliseconds(() => acquainted(nodes))).toBeLessThan(1_500);
     await heardFrom(a.io, people);
-    await heardFrom(c.io, people);
-    expect(leaves.mock.calls.filter(([, namespaces]) => namespaces === undefined)).toEqual([]);
-    expect(await wait).toBeLessThan(1_500);
-    for (const node of [a, b, c, late]) {
+    for (const node of nodes) {
       expect(node.adapter.stats.reconnects).toEqual({ consuming: 0, publishing: 0 });
       for (const error of errorsOf(node)) expect(error).toContain("blocks publishing");
     }
   }, 15_000);
+
+  test("that brings what came while the process was held up takes nobody for silent", async () => {
+    const [a, b] = await cluster();
+    const { receiver, membership } = a.adapter["node"];
+    for (const heard of [receiver, ...membership.peers.values()]) heard.heardAt -= 20_000; // twice heartbeatTimeout
+    b.io.serverSideEmit("first");
+    await once(a.io, "first");
+    membership.watch();
+    expect(await a.adapter.serverCount()).toBe(3);
+  });
 
   test("whose queue has lost its bindings is opened again, and nothing is lost", async () => {
     const heartbeats = { heartbeatInterval: 100, heartbeatTimeout: 400 };
