@@ -189,8 +189,10 @@ describe("a connection", () => {
 
   test("that brings what came while the process was held up takes nobody for silent", async () => {
     const [a, b] = await cluster();
-    const { receiver, membership } = a.adapter["node"];
-    for (const heard of [receiver, ...membership.peers.values()]) heard.heardAt -= 20_000; // twice heartbeatTimeout
+    const { receiver, sender, membership } = a.adapter["node"];
+    // Twice heartbeatTimeout.
+    for (const { connection } of [receiver, sender]) connection.upSince = Number(connection.upSince) - 20_000;
+    for (const heard of [receiver, ...membership.peers.values()]) heard.heardAt -= 20_000;
     b.io.serverSideEmit("first");
     await once(a.io, "first");
     membership.watch();
