@@ -515,6 +515,13 @@ describe("sockets of other servers", () => {
     expect(remote?.handshake.auth).toEqual({ token: "secret" });
   });
 
+  test("are counted on all servers by allSockets() too", async () => {
+    const { a, ann, bob, cat } = await crew();
+    const ids = (...members: Member[]) => new Set(members.map(({ socket }) => socket.id));
+    expect(await a.io.allSockets()).toEqual(ids(ann, bob, cat));
+    expect(await a.io.in("blue").allSockets()).toEqual(ids(bob, cat));
+  });
+
   test("are fetched in as many answers as maxPayload takes, without the data that is too much for it", async () => {
     const { b, people, a } = await crew({ maxPayload: 20_000 });
     const crowd = await Promise.all(Array.from({ length: 20 }, () => join(b, ["green"])));

@@ -339,7 +339,7 @@ interface OpenNamespace extends Namespace, Pick<NodeJS.EventEmitter, "prependLis
   readonly adapter?: { readonly "socket.io-amqp0"?: true; close(): unknown };
   readonly server: Namespace["server"] & {
     readonly _parser: { Decoder: new (options?: object) => Decoder };
-    readonly opts?: { readonly connectionStateRecovery?: { readonly maxDisconnectionDuration: number } };
+    readonly opts?: ServerOptions;
   };
   readonly sockets: Map<SocketId, Socket>;
   /** Sockets that are not connected yet: their middlewares run. From Socket.IO 4.8 on. */
@@ -351,6 +351,11 @@ interface OpenNamespace extends Namespace, Pick<NodeJS.EventEmitter, "prependLis
   _onServerSideEmit(args: unknown[]): void;
   /** The next id of a packet that clients acknowledge. */
   _ids: number;
+}
+interface ServerOptions {
+  readonly connectionStateRecovery?: { readonly maxDisconnectionDuration: number };
+  readonly pingInterval?: number;
+  readonly pingTimeout?: number;
 }
 /** What Socket.IO takes as its `parser` option, as far as it is used here. */
 export interface Parser {
@@ -452,7 +457,10 @@ class BoundAdapter extends Adapter {
 
   /** Rejects where there is no session, which Socket.IO takes for a new client. */
   override restoreSession(pid: string, offset: string): Promise<Restored> {
-    return this.recovery?.restore(pid, offset) ?? Promise.reject(new Error("connectionStateRecovery is off"));
+    if (!this.recovery) return Promise.reject(new Error("connectionStateRecovery is off"));
+    // Any client may present anything, and the other servers are asked for it.
+    if (!isSocketId(pid) || !OFFSET.test(offset)) return Promise.reject(new Error("No such session"));
+    return this.recovery.restore(pid, offset);
   }
 
   /**
@@ -776,6 +784,12 @@ export class AmqpAdapter extends LocalAdapter implements Tenant {
     return sockets;
   }
 
+  /** What the deprecated `io.allSockets()` gives. */
+  override async sockets(rooms: Set<Room>): Promise<Set<SocketId>> {
+    const sockets = await this.fetchSockets({ rooms });
+    return new Set(sockets.map((socket) => (socket as Pick<Socket, "id">).id));
+  }
+
   override serverSideEmit(args: unknown[]): void {
     const callback = args.at(-1);
     if (typeof callback !== "function") return this.#send({ type: "emit", id: undefined, args });
@@ -896,7 +910,7 @@ function detailsOf({ id, handshake, rooms, data }: Socket, max: number, report: 
 /** How many bytes of JSON and binary a value takes; Infinity for one that cannot be encoded. */
 function lengthOf(value: unknown): number {
   try {
-    return encodeValue(value).reduce((sum, part) => sum + part.length, 0);
+    return encodeValue(value).reduce((sum, part) => sum + Buffer.byteLength(part), 0);
   } catch {
     return Infinity;
   }
@@ -973,8 +987,11 @@ interface History {
 /** Binds or unbinds rooms as they are wanted; resolves when all that are wanted are live. */
 type Follow = (rooms: Iterable<Room>) => Promise<void> | void;
 
-/** For how many ms a connection may have been dead before its client is known to be lost: Socket.IO's default is 45 s. */
-const UNNOTICED = 60_000;
+/** A server's name and a position. */
+const OFFSET = /^[\w-]{8}\.\d{1,16}$/;
+/** For how many ms a connection may have been dead before its client is known to be lost, and some more. */
+const unnoticedMs = ({ pingInterval = 25_000, pingTimeout = 20_000 }: ServerOptions = {}): number =>
+  pingInterval + pingTimeout + 15_000;
 /** A position after all others. */
 const LAST = Number.MAX_SAFE_INTEGER;
 
@@ -1122,6 +1139,7 @@ class Sessions {
   readonly #emptied: () => void;
   readonly #uid: string;
   readonly #maxMs: number;
+  readonly #unnoticedMs: number;
   /** By private id: those that wait here, or move. */
   readonly #kept = new Map<string, Session | MovingSession>();
   /** Sessions whose clients are about to be connected, and what these have presented. */
@@ -1129,9 +1147,10 @@ class Sessions {
   /** By private id: of clients that are connected. */
   readonly #trails = new Map<string, Trail>();
 
-  constructor(uid: string, maxBytes: number, maxMs: number, follow: Follow, emptied: () => void) {
+  constructor(uid: string, maxBytes: number, maxMs: number, unnoticedMs: number, follow: Follow, emptied: () => void) {
     this.#uid = uid;
     this.#maxMs = Math.min(maxMs, LAST); // JSON has no Infinity
+    this.#unnoticedMs = unnoticedMs;
     this.follow = follow;
     this.#emptied = emptied;
     this.log = new DeliveryLog(maxBytes);
@@ -1212,6 +1231,7 @@ class Sessions {
     }
     const { session, offset } = arrival;
     this.#arriving.delete(sid);
+    if (this.#kept.get(session.pid) !== session) return undefined; // its time was over
     this.drop(session);
     const since = missedSince(session, offset);
     if (since === undefined) return undefined;
@@ -1242,34 +1262,39 @@ class Sessions {
   }
 
   /** Gives sessions away, with what their clients have missed after an offset, or after whatever they may present. */
-  giveAway(pids: readonly string[], offset: string | undefined): HandedItem[] {
+  giveAway(pids: readonly string[], offset: string | undefined, isSendable: (item: object) => boolean): HandedItem[] {
     const now = performance.now();
     const given = pids.flatMap((pid) => this.find(pid, offset) ?? []);
     for (const session of given) this.drop(session);
     return [...Map.groupBy(given, ({ history }) => history)].flatMap(([history, sessions], group) => {
       const begins = sessions.map((session) => (offset === undefined ? session.base : missedSince(session, offset)));
       const since = begins.reduce((first: number, begin = LAST) => Math.min(first, begin), LAST);
+      const delivered = history.after(since, new Set(sessions.flatMap(({ rooms }) => rooms)));
+      const [large = [], sent = []] = [false, true].map((is) =>
+        delivered.filter((packet) => isSendable(packet) === is),
+      );
       const handed = sessions.map((session) => {
         const { missed: _, history: __, cameAt: ___, until, ...rest } = session;
-        return { ...rest, gone: Math.max(since, goneFor(session)), ms: until - now, group };
+        const rooms = new Set(session.rooms);
+        const lastLarge = large.findLast((packet) => isForSome(rooms, packet))?.position ?? 0;
+        return { ...rest, gone: Math.max(since, goneFor(session), lastLarge), ms: until - now, group };
       });
       const missed = sessions.flatMap(({ pid, missed }) => missed.map(({ parts }) => ({ of: pid, parts })));
-      const delivered = history.after(since, new Set(sessions.flatMap(({ rooms }) => rooms)));
       // The sessions last: none of them comes over without its packets.
-      return [...missed, ...delivered.map((packet) => ({ ...packet, group })), ...handed];
+      return [...missed, ...sent.map((packet) => ({ ...packet, group })), ...handed];
     });
   }
 
   /** Forgets sessions whose time is over, and what nobody can have missed any more. `rooms` are those that sockets are in. */
   expire(rooms: ReadonlyMap<Room, unknown>): void {
     const now = performance.now();
-    for (const session of this.waiting) if (session.until < now) this.drop(session);
-    const sessions = this.#kept.values().filter((session) => "until" in session);
+    const sessions = [...this.#kept.values()].filter((session) => "until" in session);
+    for (const session of sessions) if (session.until < now) this.drop(session);
     const lostAt = sessions.reduce((first, { until }) => Math.min(first, until - this.#maxMs), now);
-    this.log.expire(lostAt - UNNOTICED, (room) => rooms.has(room) || this.pinned.has(room));
+    this.log.expire(lostAt - this.#unnoticedMs, (room) => rooms.has(room) || this.pinned.has(room));
     for (const [pid, trail] of this.#trails) {
       const { cameAt, base, missed } = trail;
-      if (missed.length === 0 || cameAt > now - UNNOTICED) continue;
+      if (missed.length === 0 || cameAt > now - this.#unnoticedMs) continue;
       // It has read what it had missed, or its connection would be known to be dead.
       this.#trails.set(pid, { ...trail, base: base + missed.length, presented: undefined, missed: [] });
     }
@@ -1342,8 +1367,9 @@ class Handover {
     if (pid !== undefined && this.#sessions.isMoving(pid)) return [{ pid, rooms: [], isMoving: true }];
     const found = pid === undefined ? this.#sessions.waiting : [this.#sessions.find(pid, offset) ?? []].flat();
     return found.flatMap((session) => {
-      if (lengthOf(session.data) < Infinity) return { pid: session.pid, rooms: session.rooms };
-      const message = `The data of socket '${session.sid}' cannot be sent to another server: its client begins anew there`;
+      const { pid, sid, rooms, data } = session;
+      if (this.#isSendable({ rooms, data })) return { pid, rooms };
+      const message = `The data of socket '${sid}' cannot be sent to another server: its client begins anew there`;
       this.#node.reports.report(new TypeError(message));
       if (this.isClosing) this.#sessions.drop(session); // the others are offered without it
       return [];
@@ -1353,7 +1379,9 @@ class Handover {
   /** A peer claims sessions: they are its own from here on. Answered at once: what is emitted later must follow the answer. */
   onClaim(pids: readonly string[], offset: string | undefined): unknown[] {
     const heard = this.#node.membership.heard();
-    return heard ? [{ heard }, ...this.#sessions.giveAway(pids, offset)] : [];
+    if (!heard) return [];
+    const items = this.#sessions.giveAway(pids, offset, this.#isSendable);
+    return [{ heard, count: items.length }, ...items];
   }
 
   /** Hands all sessions over to other servers, as far as there is time. */
@@ -1365,7 +1393,9 @@ class Handover {
       const [session] = this.#sessions.waiting;
       const peer = this.#peers().find((uid) => !refusing.has(uid));
       if (!peer) break; // there is no other server, or all close as well
-      if (session) await this.#ask([peer], until, offer, () => {});
+      // Half of the time for each: one that hangs must not take all of it.
+      const now = performance.now();
+      if (session) await this.#ask([peer], now + (until - now) / 2, offer, () => {});
       else await Bun.sleep(ASK_LATER); // some move
       if (session && this.#sessions.find(session.pid) === session) refusing.add(peer);
     }
@@ -1383,17 +1413,20 @@ class Handover {
   async takeOver(peers: string[], until: number, pid?: string, offset?: string): Promise<boolean> {
     const sessions: MovingSession[] = [];
     let from = "";
-    const find = (id: string): Message => ({ type: "find", id, pid, offset });
     let isMoving = false;
-    await this.#ask(peers, until, find, (list, uid) => {
+    const find = (id: string): Message => ({ type: "find", id, pid, offset });
+    const found = Promise.withResolvers<void>();
+    const asked = this.#ask(peers, until, find, (list, uid, isLast) => {
       for (const session of list.filter(isMovingSession)) {
         if (session.isMoving) isMoving = true;
-        else {
-          sessions.push(session);
+        else if (from === "" || from === uid) {
           from = uid;
+          sessions.push(session);
         }
       }
+      if (isLast && from === uid) found.resolve();
     });
+    await Promise.race([asked, found.promise]); // the others may hang
     if (sessions.length === 0) return isMoving;
     const { membership, settings } = this.#node;
     const { log } = this.#sessions;
@@ -1424,13 +1457,14 @@ class Handover {
     while (!membership.heard() && !this.#node.closing && performance.now() < end) await Bun.sleep(ASK_LATER);
     for (const session of taken ?? []) this.#sessions.keep(session);
     for (const session of sessions) this.#sessions.drop(session);
-    return false;
+    return !taken?.length; // claimed in vain: another server was faster
   }
 
   /** Reads the answer to a claim, if that server is ready. `begin` is the log's position before the rooms were bound. */
   #inherited(items: readonly unknown[], from: string, begin: number, claimedAt: number): Session[] | undefined {
-    const { heard } = items.find(isHeard) ?? {};
+    const { heard, count } = items.find(isHeard) ?? {};
     if (!heard) return undefined;
+    if (items.length !== Number(count) + 1) return []; // some were lost on their way
     const { log } = this.#sessions;
     // That server's own packets, up to the answer.
     const covered = { ...heard, [from]: this.#node.membership.peers.get(from)?.stream.highest };
@@ -1459,6 +1493,9 @@ class Handover {
     }
     return inherited;
   }
+
+  /** Whether a list with this item alone can be sent. */
+  readonly #isSendable = (item: object): boolean => lengthOf(item) <= this.#node.settings.maxPayload - 2 * OVERHEAD;
 
   /** The other servers that have the namespace open; none while the broker is away, or when this server says goodbye. */
   #peers(): string[] {
@@ -1497,7 +1534,15 @@ class Recovery {
     this.#pastes = node.parserSample === '2["name"]';
     // The last socket may have gone before the last session: nothing is removed, but Socket.IO looks once more.
     const emptied = () => void (this.#handover.isClosing || nsp._remove({ id: "" }));
-    this.sessions = new Sessions(node.uid, node.settings.recoveryBytes, maxMs, follow, emptied);
+    const { uid, settings } = node;
+    this.sessions = new Sessions(
+      uid,
+      settings.recoveryBytes,
+      maxMs,
+      unnoticedMs(this.#nsp.server.opts),
+      follow,
+      emptied,
+    );
     this.#handover = new Handover(node, this.#routes, this.sessions);
     this.#sweep = setInterval(() => this.sessions.expire(rooms), 1_000);
     this.#sweep.unref();
@@ -1584,8 +1629,14 @@ class Recovery {
     const trail = this.sessions.trailOf(pid, offset);
     const socket = trail && this.#nsp.sockets.get(trail.sid);
     if (!socket || (offset === trail.presented && (await answersPing(socket.client.conn)))) return;
-    socket._onclose("transport close");
-    socket.client.conn.close();
+    const close = () => {
+      try {
+        socket._onclose("transport close"); // runs the user's listeners
+      } finally {
+        socket.client.conn.close();
+      }
+    };
+    this.#node.reports.guard(() => `of socket '${socket.id}'`, close);
   }
 
   async #restore(pid: string, offset: string): Promise<Restored> {
@@ -1629,8 +1680,9 @@ const isHandedSession = (item: unknown): item is HandedSession & InGroup =>
   isLike(item, { sid: "", pid: "", owner: "", rooms: [] });
 const isMissed = (item: unknown): item is Missed & { of: string } => isLike(item, { of: "", parts: [] });
 const isDelivered = (item: unknown): item is Delivered & InGroup => isLike(item, { rooms: [], except: [], parts: [] });
-/** An answer to a claim begins with, for each peer, the number of the last frame that it covers; if the server is ready. */
-const isHeard = (item: unknown): item is { heard: Record<string, number> } => isLike(item, { heard: {} });
+/** The answer to a claim begins with the number of the last frame of each peer that it covers, if that server is ready. */
+const isHeard = (item: unknown): item is { heard: Record<string, number>; count: number } =>
+  isLike(item, { heard: {}, count: 0 });
 
 // ── The emitter ──────────────────────────────────────────────────────────────────────────────────────────────────────
 

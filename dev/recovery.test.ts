@@ -734,16 +734,135 @@ describe("connection state recovery", () => {
     ]);
   });
 
-  test("begins anew at once, and says why, where what a client missed is too large to be handed over", async () => {
+  const large = '"'.repeat(8_000); // as JSON in JSON it takes four bytes each
+
+  test("begins anew at once where what a client missed is too large to be handed over", async () => {
     const [a, b] = await recovering({ maxPayload: 20_000 });
     const guest = await Guest.at(a, ["red"]);
     await guest.leave();
     await noticed(a);
-    a.io.to("red").emit("n", '"'.repeat(8_000)); // as JSON in JSON it takes four bytes each
+    a.io.to("red").emit("n", large);
     b.io.to("red").emit("n", 2);
     await eventually(() => expect(b.adapter.stats.unconfirmed).toBe(0));
     expect(await guest.back(b)).toBe(false);
-    expect(errorsOf(a)).toEqual([expect.stringMatching(/not sent: maxPayload/)]);
+  });
+
+  test("hands over the sessions of all others when somebody has missed what is too large for that", async () => {
+    const server = { connectionStateRecovery: {} };
+    const [a, b] = await Promise.all([start({ maxPayload: 20_000 }, server), start({ maxPayload: 20_000 }, server)]);
+    await acquainted([a, b]);
+    const [ann, bob] = [await Guest.at(a, ["red"]), await Guest.at(a, ["blue"])];
+    a.io.to("red").emit("n", large);
+    a.io.to("blue").emit("n", 1);
+    await eventually(() => expect(ann.heard).toHaveLength(1));
+    await Promise.all([ann.leave(), bob.leave()]);
+    await noticed(a);
+    a.io.to("red").emit("n", large);
+    a.io.to("blue").emit("n", 2);
+    await a.io.close();
+    expect([await ann.back(b), await bob.back(b)]).toEqual([false, true]);
+    await eventually(() => expect(bob.numbers).toEqual([1, 2]));
+  });
+
+  test("begins anew rather than go without a part of what was handed over", async () => {
+    const [a, b] = await recovering();
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await noticed(a);
+    for (const n of [1, 2]) a.io.to("red").emit("n", n);
+    const { onMessage } = b.adapter;
+    b.adapter.onMessage = (message, origin) => {
+      if (message.type === "items" && message.items.length > 2) message.items.splice(1, 1);
+      onMessage.call(b.adapter, message, origin);
+    };
+    expect(await guest.back(b)).toBe(false);
+  });
+
+  test("asks nobody for what no server has given", async () => {
+    const [a, b] = await recovering();
+    const guest = await Guest.at(a, ["red"]);
+    const asked = spyOn(b.adapter, "onMessage");
+    const { pid, offset } = ticketOf(guest);
+    await present(a, { pid: pid + "x".repeat(1_000), offset });
+    await present(a, { pid, offset: `${offset}${"0".repeat(1_000)}` });
+    expect(asked.mock.calls.filter(([{ type }]) => type === "find")).toEqual([]);
+  });
+
+  /** The session of a lost client of a server that has closed: who has it, and who has not. */
+  async function handedOver() {
+    const [a, b, c] = await recovering();
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await noticed(a);
+    await a.io.close();
+    const has = ({ adapter }: typeof a) => adapter["recovery"]?.sessions.size === 1;
+    const [holder, other] = has(b) ? [b, c] : [c, b];
+    const d = await start({ requestsTimeout: 2_000 }, { connectionStateRecovery: {} });
+    await acquainted([holder, other, d]);
+    return { guest, holder, other, d, has };
+  }
+
+  test("takes a session over from the server that was faster in taking it over", async () => {
+    const { guest, holder, other, d, has } = await handedOver();
+    const { onMessage } = holder.adapter;
+    holder.adapter.onMessage = (message, origin) => {
+      const answer = () => onMessage.call(holder.adapter, message, origin);
+      if (message.type !== "claim" || origin.sender !== d.adapter.uid) return answer();
+      holder.adapter.onMessage = onMessage;
+      const toOther = holder.adapter["routes"].direct(other.adapter.uid);
+      holder.adapter["node"].sender.add(toOther, [JSON.stringify({ type: "offer", id: "1" })]);
+      void eventually(() => expect([has(holder), has(other)]).toEqual([false, true])).then(answer);
+    };
+    expect(await guest.back(d)).toBe(true);
+  });
+
+  test("waits for no server that hangs where another one has the session", async () => {
+    const { guest, other, d } = await handedOver();
+    other.adapter.onMessage = () => {};
+    let recovered = false;
+    expect(await milliseconds(async () => (recovered = await guest.back(d)))).toBeLessThan(1_000);
+    expect(recovered).toBe(true);
+  });
+
+  test("hands sessions over though the server that is asked first hangs", async () => {
+    const [a, b, c] = await recovering();
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await noticed(a);
+    const [first] = a.adapter["node"].membership.serversOf("/");
+    const [hangs, other] = first === b.adapter.uid ? [b, c] : [c, b];
+    hangs.adapter.onMessage = () => {};
+    await a.io.close();
+    expect(await guest.back(other)).toBe(true);
+  });
+
+  test("lets a session go when its time is over though a middleware never ends", async () => {
+    const connectionStateRecovery = { skipMiddlewares: false, maxDisconnectionDuration: 500 };
+    const [a, b] = await recovering({}, { connectionStateRecovery });
+    const guest = await Guest.at(a, ["red"]);
+    await guest.leave();
+    await noticed(a);
+    const asked = Promise.withResolvers<void>();
+    b.io.use(() => asked.resolve());
+    void guest.back(b);
+    await asked.promise;
+    const count = () => b.adapter["recovery"]?.sessions.size;
+    expect(count()).toBe(1);
+    await eventually(() => expect(count()).toBe(0), 3_000);
+  });
+
+  test("closes the old connection of a client though a listener for that throws, and says so", async () => {
+    const [a, b] = await recovering();
+    const guest = await Guest.at(a, ["red"]);
+    const socket = guest.on(a);
+    socket.on("disconnecting", () => {
+      throw new Error("a listener's");
+    });
+    const lost = received(guest.client, "disconnect");
+    await present(b, ticketOf(guest));
+    await lost;
+    socket.removeAllListeners(); // or io.close() fails
+    expect(errorsOf(a)).toEqual([expect.stringContaining("a listener's")]);
   });
 
   test("keeps data that is undefined", async () => {
