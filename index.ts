@@ -1270,14 +1270,13 @@ class Sessions {
       const begins = sessions.map((session) => (offset === undefined ? session.base : missedSince(session, offset)));
       const since = begins.reduce((first: number, begin = LAST) => Math.min(first, begin), LAST);
       const delivered = history.after(since, new Set(sessions.flatMap(({ rooms }) => rooms)));
-      const [large = [], sent = []] = [false, true].map((is) =>
-        delivered.filter((packet) => isSendable(packet) === is),
-      );
+      const large = new Set(delivered.filter((packet) => !isSendable(packet))); // those who missed one begin anew
+      const sent = delivered.filter((packet) => !large.has(packet));
       const handed = sessions.map((session) => {
         const { missed: _, history: __, cameAt: ___, until, ...rest } = session;
         const rooms = new Set(session.rooms);
-        const lastLarge = large.findLast((packet) => isForSome(rooms, packet))?.position ?? 0;
-        return { ...rest, gone: Math.max(since, goneFor(session), lastLarge), ms: until - now, group };
+        const notSent = [...large].findLast((packet) => isForSome(rooms, packet))?.position ?? 0;
+        return { ...rest, gone: Math.max(since, goneFor(session), notSent), ms: until - now, group };
       });
       const missed = sessions.flatMap(({ pid, missed }) => missed.map(({ parts }) => ({ of: pid, parts })));
       // The sessions last: none of them comes over without its packets.
