@@ -226,6 +226,17 @@ describe("a room named", () => {
     expect(c.adapter.rooms.has(room)).toBe(false);
   });
 
+  test("by the same but a line end may be left without the other", async () => {
+    const { a, cat, people } = await crew();
+    await cat.socket.join(["lobby", "lobby\n"]);
+    await settled();
+    await cat.socket.leave("lobby\n");
+    await eventually(async () => expect((await bindings()).some(({ key }) => key === "/#lobby\n")).toBe(false));
+    a.io.to("lobby").emit("hello");
+    await eventually(() => expect(a.adapter.stats).toMatchObject({ queued: 0, unconfirmed: 0 })); // in a frame of its own
+    expect(await heardFrom(a.io, people)).toEqual(only("cat", people, ["hello"]));
+  });
+
   test("by half an emoji may be left without one that has the same bytes", async () => {
     const { a, cat } = await crew();
     await cat.socket.join(["\ud800", "\ufffd"]);
@@ -1025,6 +1036,20 @@ describe("clients over", () => {
     emitter.to("blue").emit("hello", ...packet.slice(1));
     expect(await heardFrom(emitter, people)).toEqual(only("bob cat", people, packet));
     expect(await a.io.timeout(2_000).emitWithAck("name?")).toHaveLength(3);
+  });
+
+  test("a parser that makes nothing of an event get the others", async () => {
+    class Encoder {
+      readonly #encoder = new msgpack.Encoder();
+      encode(packet: Parameters<msgpack.Encoder["encode"]>[0]): unknown {
+        return packet.data?.[0] === "nothing" ? [] : this.#encoder.encode(packet);
+      }
+    }
+    const parser = { ...msgpack, Encoder } as unknown as typeof msgpack;
+    const { a, people } = await crew(undefined, { parser }, { parser });
+    for (const name of ["hello", "nothing", "bye"]) a.io.emit(name);
+    const heard = [["hello"], ["bye"]];
+    expect(await heardFrom(a.io, people)).toEqual({ ann: heard, bob: heard, cat: heard });
   });
 
   test("a parser that keeps dates and NaN keep them in acknowledged broadcasts and their answers", async () => {
@@ -2378,6 +2403,7 @@ describe("options", () => {
     ["heartbeatTimeout", 0, /positive.*0/],
     ["queueArguments", [], /object.*\[/],
     ["maxPayload", "16 MiB", /number.*16 MiB/],
+    ["prefix", "a\nb", /line ends/],
     ["journal", 5, /bytes.*ms.*5/],
     ["journal", { bytes: "1 MB" }, /bytes.*1 MB/],
     ["journal", { ms: -1 }, /ms.*-1/],

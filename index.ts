@@ -265,8 +265,8 @@ const bytes: Expectation = ["a positive number of bytes", isPositive];
 const NODE_OPTIONS: Record<string, Expectation> = {
   amqpConnection: ['a function that returns a connection, as () => connect("amqp://localhost")', isFunction],
   prefix: [
-    'a string of 1 to 100 bytes without "#" that does not begin with "amq."',
-    (value) => typeof value === "string" && /^(?!amq\.)[^#]+$/.test(value) && Buffer.byteLength(value) <= 100,
+    'a string of 1 to 100 bytes without "#" and line ends that does not begin with "amq."',
+    (value) => typeof value === "string" && /^(?!amq\.)[^#\r\n]+$/.test(value) && Buffer.byteLength(value) <= 100,
   ],
   maxPayload: ["a positive number of bytes below 2^30", (value) => isPositive(value) && Number(value) < 2 ** 30],
   maxQueued: bytes,
@@ -2050,9 +2050,8 @@ class Membership extends NodePart {
 
   /** The broker takes messages, of which it may have taken none for a while. */
   resume(): void {
-    const { upSince, reports } = this.context;
-    if (upSince === undefined) return;
-    reports.warned.clear();
+    if (this.context.upSince === undefined) return;
+    this.context.reports.warned.clear();
     void this.announce();
     this.watch();
   }
@@ -2072,7 +2071,7 @@ class Membership extends NodePart {
     for (const peer of this.peers.values()) {
       this.ask(peer);
       // It may have lost its connection for a moment; killed, it will not come back.
-      if (now - (peer.queueGoneAt ?? now) > RETURN) this.#giveUp(peer, "has no queue any more");
+      if (now - Math.max(peer.queueGoneAt ?? now, upSince) > RETURN) this.#giveUp(peer, "has no queue any more");
       // Counted from the end of an outage or of a memory alarm to the last delivery: while this queue gets nothing, nobody is silent.
       const silence = receiver.heardAt - Math.max(peer.heardAt, upSince, receiver.heardSince);
       const isLate = silence > Math.min(heartbeatInterval + WATCH_INTERVAL, heartbeatTimeout - 2 * WATCH_INTERVAL);
@@ -2087,11 +2086,11 @@ class Membership extends NodePart {
 
   /** Asks a peer for what may have been missed, unless it was asked just now or the answer is coming. */
   ask(peer: Peer): void {
-    const { upSince, receiver, sender } = this.context;
+    const { upSince = Infinity, receiver, sender } = this.context;
     const { catchUp, cursor: after } = peer.stream;
     const now = performance.now();
-    const { queueGoneAt = now } = peer;
-    if (!catchUp || catchUp.askAt > now || upSince === undefined || now - queueGoneAt > RETURN) return;
+    const goneSince = Math.max(peer.queueGoneAt ?? now, upSince); // in an outage of this server's nobody hears of its return
+    if (!catchUp || catchUp.askAt > now || upSince > now || now - goneSince > RETURN) return;
     catchUp.askAt = now + ASK_AGAIN;
     const ms = after === undefined ? Math.ceil(now - (receiver.awaySince ?? now)) : undefined;
     void sender.tell({ type: "ask", id: catchUp.id, after, ms }, peer.uid);
@@ -2142,9 +2141,8 @@ class Membership extends NodePart {
   }
 
   #beat(): Control & { type: "beat" } {
-    const { sender, receiver } = this.context;
-    const { number, floor } = sender.publisher;
-    return { type: "beat", revision: this.#announcedAt, number, floor, bindings: receiver.countBound() };
+    const { number, floor } = this.context.sender.publisher;
+    return { type: "beat", revision: this.#announcedAt, number, floor, bindings: this.context.receiver.countBound() };
   }
 
   #hello(reply: boolean): Control {
@@ -2166,11 +2164,12 @@ class Membership extends NodePart {
   /** What the peer has sent is delivered as far as it is here; `last` is the number of its last frame, where that is known. */
   #giveUp({ uid, stream }: Peer, why: string, last?: number): void {
     if (!stream.catchUp || (last === undefined && stream.catchUp.held.size === 0)) return;
-    const { cursor } = stream;
+    const { cursor = 0 } = stream;
     const missing = stream.giveUp(last);
     if (last !== undefined && missing === 0) return;
-    const what = missing > 0 ? `${missing} frames` : "frames";
-    this.context.reports.report(new Error(`Peer '${uid}' ${why}: ${what} after number ${cursor ?? 0} may be lost`));
+    this.context.inbox.counts.lost += missing;
+    const what = `frames after number ${cursor} are lost, ${missing} at least`;
+    this.context.reports.report(new Error(`Peer '${uid}' ${why}: ${what}`));
   }
 }
 
@@ -2265,6 +2264,7 @@ class Sender extends NodePart implements ConnectionEvents {
   /** A packet for a destination. Volatile ones are dropped while the broker is away. Returns false for one that is too large. */
   add(to: Destination, parts: readonly unknown[]): boolean {
     const packet = asParts(parts);
+    if (packet.length === 0) return true; // the parser's way to say nothing
     let length = to.head.length;
     for (const part of packet) length += part.length;
     const { maxPayload } = this.context.settings;
@@ -2287,8 +2287,7 @@ class Sender extends NodePart implements ConnectionEvents {
     const { replay: latest } = peer;
     const now = performance.now();
     // A repeated question: the answer is still in the peer's queue, unless that takes too long.
-    const isRepeated = latest?.id === id && latest.after === after;
-    if (isRepeated && now - latest.at < this.context.settings.heartbeatTimeout) return;
+    if (latest?.id === id && now - latest.at < this.context.settings.heartbeatTimeout) return;
     const sent = this.#sendAgain(peer, (peer.replay = { id, after, at: now }), now - ms);
     this.#replayed = this.#replayed.then(() => sent);
   }
@@ -2618,6 +2617,7 @@ class Node extends Context {
     this.#timers.push(
       setInterval(() => {
         this.sender.tick();
+        for (const routes of this.#routes.values()) routes.tidy();
         void this.membership.beat();
       }, this.settings.heartbeatInterval),
       setInterval(() => this.membership.watch(), WATCH_INTERVAL),
@@ -2627,7 +2627,8 @@ class Node extends Context {
   routes(nsp: string): Routes {
     let routes = this.#routes.get(nsp);
     if (routes) return routes;
-    if (this.tenants.size === 0 && this.#routes.size >= MAX_NAMESPACES) this.#routes.clear();
+    const [oldest = ""] = this.#routes.keys();
+    if (this.tenants.size === 0 && this.#routes.size >= MAX_NAMESPACES) this.#routes.delete(oldest);
     this.#routes.set(
       nsp,
       (routes = new Routes(nsp, this.settings.socketRooms === "bound", () => this.sender.publisher.takesSince)),
@@ -3430,6 +3431,12 @@ class Routes {
     return { ...this.#messages, kind: SectionKind.Direct, head: uid, keys: [serverKey(uid)] };
   }
 
+  /** Every `heartbeatInterval`: forgets the destinations. Many may be of rooms that nobody uses again; the others are soon back. */
+  tidy(): void {
+    this.#toRooms.clear();
+    this.#toOptions.clear();
+  }
+
   /** Other servers' sockets are made to join these rooms. */
   joinFromAfar(rooms: Room[]): void {
     for (const room of this.#fromAfar.keys()) if (this.#isFromAfar(room)) break; // removes the oldest, which stand first
@@ -3714,14 +3721,17 @@ class Topology {
     const exclusive = { exclusive: true, durable: false, arguments: settings.queueArguments };
     await Promise.all([declare(lanes[0] ?? channel, names), channel.assertQueue(queue, exclusive)]);
     await Promise.all([
-      ...ownKeys(uid).map((key, i) => (lanes[i] ?? channel).bindQueue(queue, names.keyExchange, key)),
+      (lanes[0] ?? channel).bindQueue(queue, names.keyExchange, ALL_SERVERS),
       channel.bindQueue(queue, names.mainExchange, EVERYTHING),
     ]);
     const onMessage = (message: ConsumeMessage | null) => {
       if (!message) lose(new Error(`The queue ${queue} was deleted`));
       else if (!this.#ended) receive(message);
     };
-    await channel.consume(queue, onMessage, { noAck: true });
+    // Its own key last: Khepri confirms what other nodes of the cluster do later, but in the same order. So a peer that reaches this
+    // server by its key, to answer what it asks, publishes on a node that brings everything else here as well.
+    const own = (lanes[0] ?? channel).bindQueue(queue, names.keyExchange, serverKey(uid));
+    await Promise.all([own, channel.consume(queue, onMessage, { noAck: true })]);
     const gone = this.#generation === 1 ? Promise.resolve() : removed(model, names.queue(uid, this.#generation - 1));
     gone.then(() => {
       this.bindings.reconcileAll();
@@ -4487,7 +4497,8 @@ class Names {
 
   roomExchange(key: string): string {
     const name = `${this.mainExchange}#${key}`;
-    return isShort(name) ? name : `${this.mainExchange}#${hashed(key)}`;
+    // RabbitMQ leaves line ends out of the names of exchanges, but not of routing keys.
+    return isShort(name) && !/[\r\n]/.test(name) ? name : `${this.mainExchange}#${hashed(key)}`;
   }
 
   queue(uid: string, generation: number): string {
