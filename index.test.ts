@@ -526,6 +526,21 @@ describe("sockets of other servers", () => {
     expect(remote?.handshake.auth).toEqual({ token: "secret" });
   });
 
+  test("are fetched when the last one here goes, and the namespace with it", async () => {
+    const [a, b] = await cluster(undefined, { cleanupEmptyChildNamespaces: true });
+    for (const { io } of [a, b]) io.of(/^\/doc-/);
+    const [ann, bob] = [await join(a, [], "/doc-1"), await join(b, [], "/doc-1")];
+    await adapterOf(a.io, "/doc-1").ready;
+    const asked = Promise.withResolvers<string[]>();
+    ann.socket.on("disconnecting", () => {
+      const sockets = a.io.of("/doc-1").fetchSockets();
+      asked.resolve(sockets.then((sockets) => sockets.map(({ id }) => id)));
+    });
+    ann.client.disconnect();
+    expect(await asked.promise).toContain(bob.socket.id);
+    await eventually(() => expect(a.io._nsps.has("/doc-1")).toBe(false));
+  });
+
   test("are counted on all servers by allSockets() too", async () => {
     const { a, ann, bob, cat } = await crew();
     const ids = (...members: Member[]) => new Set(members.map(({ socket }) => socket.id));

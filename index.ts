@@ -2181,7 +2181,12 @@ interface Answers {
   readonly done?: ((uid: string) => void) | undefined;
 }
 /** `owing`: the peers that have not said all; when there are none, the request ends. */
-type Request = Answers & { readonly nsp: string; readonly owing: Set<string>; readonly end: () => void };
+type Request = Answers & {
+  readonly nsp: string;
+  readonly owing: Set<string>;
+  end(): void;
+  readonly ended: Promise<void>;
+};
 
 /** Questions to peers, and who has not answered yet. */
 class Requests {
@@ -2192,10 +2197,10 @@ class Requests {
     if (peers.length === 0) return Promise.resolve(0);
     const id = randomUUID();
     send(id); // throws if it cannot be encoded, and then there is no request
-    const { promise, resolve } = Promise.withResolvers<void>();
+    const { promise: ended, resolve: end } = Promise.withResolvers<void>();
     const owing = new Set(peers);
-    this.#open.set(id, { ...answers, nsp, owing, end: resolve });
-    return within(ms, promise).then(() => {
+    this.#open.set(id, { ...answers, nsp, owing, end, ended });
+    return within(ms, ended).then(() => {
       this.#open.delete(id);
       return owing.size;
     });
@@ -2214,6 +2219,11 @@ class Requests {
   /** Whether somebody waits for this peer. */
   isAwaited(uid: string): boolean {
     return this.#open.values().some(({ owing }) => owing.has(uid));
+  }
+
+  /** Resolves when all that were asked in a namespace are answered. */
+  async answered(nsp: string): Promise<void> {
+    await Promise.all([...this.#open.values()].map((request) => request.nsp === nsp && request.ended));
   }
 
   close(): void {
@@ -2656,7 +2666,8 @@ class Node extends Context {
     if (this.tenants.get(name) !== tenant) return; // it has been replaced
     // A server that closes begins with "/", which goes last: until then no other namespace opens.
     if (name === "/") await Promise.all([...this.tenants.values()].map((other) => other !== tenant && other.closing));
-    else await within(CLOSE_PATIENCE, this.sender.publisher.drained()); // peers hear its answers before it is closed for them
+    // Peers hear its answers, and it theirs, before it is closed for them.
+    else await within(CLOSE_PATIENCE, Promise.all([this.sender.publisher.drained(), this.requests.answered(name)]));
     if (this.tenants.get(name) !== tenant) return; // it has been replaced meanwhile
     if (this.tenants.size > 1) {
       this.tenants.delete(name);
