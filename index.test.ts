@@ -530,7 +530,7 @@ describe("sockets of other servers", () => {
     const [a, b] = await cluster(undefined, { cleanupEmptyChildNamespaces: true });
     for (const { io } of [a, b]) io.of(/^\/doc-/);
     const [ann, bob] = [await join(a, [], "/doc-1"), await join(b, [], "/doc-1")];
-    await adapterOf(a.io, "/doc-1").ready;
+    await eventually(async () => expect(await adapterOf(a.io, "/doc-1").serverCount()).toBe(2));
     const asked = Promise.withResolvers<string[]>();
     ann.socket.on("disconnecting", () => {
       const sockets = a.io.of("/doc-1").fetchSockets();
