@@ -2280,6 +2280,14 @@ describe("an adapter", () => {
     expect(await d.io.timeout(2_000).emitWithAck("name?")).toHaveLength(Object.keys(people).length);
   });
 
+  test("forgets at each heartbeat where packets for a room go", async () => {
+    const { adapter } = await start({ heartbeatInterval: 50 });
+    const destination = () => adapter["routes"].packets({ rooms: new Set(["red"]) });
+    const first = destination();
+    expect(destination()).toBe(first);
+    await eventually(() => expect(destination()).not.toBe(first));
+  });
+
   test("says which connection comes and goes", async () => {
     const node = await start();
     const said: string[] = [];

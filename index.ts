@@ -265,7 +265,7 @@ const bytes: Expectation = ["a positive number of bytes", isPositive];
 const NODE_OPTIONS: Record<string, Expectation> = {
   amqpConnection: ['a function that returns a connection, as () => connect("amqp://localhost")', isFunction],
   prefix: [
-    'a string of 1 to 100 bytes without "#" and line ends that does not begin with "amq."',
+    'a string of 1 to 100 bytes without "#" or line ends that does not begin with "amq."',
     (value) => typeof value === "string" && /^(?!amq\.)[^#\r\n]+$/.test(value) && Buffer.byteLength(value) <= 100,
   ],
   maxPayload: ["a positive number of bytes below 2^30", (value) => isPositive(value) && Number(value) < 2 ** 30],
@@ -433,7 +433,7 @@ class BoundAdapter extends Adapter {
       this.recovery = new Recovery(node, this.nsp, maxDisconnectionDuration, this.rooms, this.#follow);
   }
 
-  /** Resolves once every later emit anywhere reaches the socket; returns at once while the broker is away. */
+  /** Resolves once every later emit anywhere reaches the socket; it does not wait for a broker that is known to be away. */
   override addAll(id: SocketId, rooms: Set<Room>): Promise<void> | void {
     super.addAll(id, rooms);
     return this.#follow(rooms);
@@ -619,7 +619,9 @@ class LocalAdapter extends BoundAdapter {
     return this.tryTo("A packet cannot be encoded for other servers", encode);
   }
 
-  /** Returns false where the answer cannot be encoded or is too large: one without a value, which ends a list, goes in its place. */
+  /**
+   * Returns false where the answer cannot be encoded or is too large: one without a value, which ends a list, goes in its place.
+   */
   protected answer(to: string, value: Answer): boolean {
     const parts = this.tryTo("An answer cannot be sent to another server", () => encodeValue(value));
     const direct = this.routes.direct(to);
@@ -973,7 +975,7 @@ type HandedSession = Omit<Session, "until" | "cameAt" | "missed" | "history"> & 
 type MovingSession = Pick<Session, "pid" | "rooms"> & { readonly isMoving?: true };
 /** Sessions and packets of one group have the same history. */
 type InGroup = { readonly group: number };
-/** An item of an answer to a claim: a session, what its client had missed elsewhere, or what was delivered for a group. */
+/** What follows `isHeard` in the answer to a claim: sessions, what a client had missed elsewhere, what was delivered for a group. */
 type HandedItem = (HandedSession & InGroup) | (Missed & { readonly of: string }) | (Delivered & InGroup);
 
 /** What was delivered, in positions of the owner of sessions, which many of them share. */
@@ -1347,7 +1349,7 @@ class Handover {
     this.#sessions = sessions;
   }
 
-  /** Takes a session over from the server that lost the client, or from any other. Resolves with whether it moves yet. */
+  /** Takes a session over from the server that lost the client, or from any other. Resolves with whether to ask again. */
   async search(pid: string, offset: string, until: number): Promise<boolean> {
     if (this.#sessions.isMoving(pid)) return true;
     const opened = this.#node.opened.promise.catch(() => {});
@@ -1402,8 +1404,8 @@ class Handover {
 
   /**
    * Takes sessions over that are found by `until`: binds their rooms, then claims them. The answer may take longer, for a session
-   * that was claimed is nowhere else. Resolves with true where another server is taking them over just now, so that the caller
-   * asks again.
+   * that was claimed is nowhere else. Resolves with true where another server is taking them over just now, or was faster, so
+   * that the caller asks again.
    *
    * Frames of one sender stay in order. So the answer holds what the peer has emitted, if that comes here before the answer,
    * and what this server has emitted, if that was before the claim. For each other sender the answer says up to which frame's
@@ -1461,9 +1463,10 @@ class Handover {
 
   /** Reads the answer to a claim, if that server is ready. `begin` is the log's position before the rooms were bound. */
   #inherited(items: readonly unknown[], from: string, begin: number, claimedAt: number): Session[] | undefined {
-    const { heard, count } = items.find(isHeard) ?? {};
-    if (!heard) return undefined;
-    if (items.length !== Number(count) + 1) return []; // some were lost on their way
+    const [first] = items;
+    if (!isHeard(first)) return undefined;
+    const { heard, count } = first;
+    if (items.length !== count + 1) return []; // some were lost on their way
     const { log } = this.#sessions;
     // That server's own packets, up to the answer.
     const covered = { ...heard, [from]: this.#node.membership.peers.get(from)?.stream.highest };
@@ -1895,7 +1898,7 @@ class Reports extends NodePart {
   last: Error | undefined;
   /** Kinds of errors that the process was warned of in this outage. */
   readonly warned: Set<string> = new Set();
-  /** Senders of frames of an unknown version, within bounds. */
+  /** What was reported of frames of an unknown version, once per sender, within bounds. */
   readonly #unknown = new Set<string>();
 
   readonly report = (error: Error): void => {
@@ -2072,7 +2075,8 @@ class Membership extends NodePart {
       this.ask(peer);
       // It may have lost its connection for a moment; killed, it will not come back.
       if (now - Math.max(peer.queueGoneAt ?? now, upSince) > RETURN) this.#giveUp(peer, "has no queue any more");
-      // Counted from the end of an outage or of a memory alarm to the last delivery: while this queue gets nothing, nobody is silent.
+      // Counted to the last delivery, from the end of an outage or of a pause in which this process was held up: while the queue
+      // brings nothing, nobody is silent.
       const silence = receiver.heardAt - Math.max(peer.heardAt, upSince, receiver.heardSince);
       const isLate = silence > Math.min(heartbeatInterval + WATCH_INTERVAL, heartbeatTimeout - 2 * WATCH_INTERVAL);
       // If its queue is gone the ping comes back, and nobody waits for it.
@@ -2421,7 +2425,7 @@ class Receiver extends NodePart implements ConnectionEvents {
   readonly #unbound = new Set<string>();
   #renewal: Timeout | undefined;
 
-  /** Binds or unbinds a key as the rooms want it. Resolves when one that is wanted is live, at once while there is no broker. */
+  /** Binds or unbinds a key as the rooms want it. Resolves when one that is wanted is live, or once connecting has failed. */
   follow(key: string): Promise<void> | undefined {
     return this.#topology ? this.#topology.follow(key) : this.#opening?.promise;
   }
@@ -3730,18 +3734,19 @@ class Topology {
     const lanes = await Promise.all(Array.from({ length: LANES }, () => openLane(model)));
     const channel = watchChannel(await model.createChannel(), lose);
     const exclusive = { exclusive: true, durable: false, arguments: settings.queueArguments };
-    await Promise.all([declare(lanes[0] ?? channel, names), channel.assertQueue(queue, exclusive)]);
+    const [lane = channel] = lanes;
+    await Promise.all([declare(lane, names), channel.assertQueue(queue, exclusive)]);
     await Promise.all([
-      (lanes[0] ?? channel).bindQueue(queue, names.keyExchange, ALL_SERVERS),
+      lane.bindQueue(queue, names.keyExchange, ALL_SERVERS),
       channel.bindQueue(queue, names.mainExchange, EVERYTHING),
     ]);
     const onMessage = (message: ConsumeMessage | null) => {
       if (!message) lose(new Error(`The queue ${queue} was deleted`));
       else if (!this.#ended) receive(message);
     };
-    // Its own key last: Khepri confirms what other nodes of the cluster do later, but in the same order. So a peer that reaches this
-    // server by its key, to answer what it asks, publishes on a node that brings everything else here as well.
-    const own = (lanes[0] ?? channel).bindQueue(queue, names.keyExchange, serverKey(uid));
+    // Its own key last: Khepri confirms a binding that other nodes of the cluster may make later, but in the same order. So a peer
+    // whose answer comes here by this key publishes on a node that has made the others too.
+    const own = lane.bindQueue(queue, names.keyExchange, serverKey(uid));
     await Promise.all([own, channel.consume(queue, onMessage, { noAck: true })]);
     const gone = this.#generation === 1 ? Promise.resolve() : removed(model, names.queue(uid, this.#generation - 1));
     gone.then(() => {
